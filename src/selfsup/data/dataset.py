@@ -1,0 +1,77 @@
+"""What every kind of data becomes: numbered examples that can be fetched by number."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfsup.batch import Batch
+
+
+class Dataset(Protocol):
+    """Numbered examples. `batch` is a pure function of the numbers: no state, no randomness.
+
+    Attributes:
+        fields: names of the batch fields it gives.
+    """
+
+    fields: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def batch(self, numbers: np.ndarray) -> Batch:
+        """The examples of those numbers as CPU tensors; `index` holds the numbers."""
+        ...
+
+
+class Preprocessor(Protocol):
+    """What turns a user's items (texts, say) into a batch; saved beside the model."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what is needed to load it again."""
+        ...
+
+    def batches(self, items: Iterable[Any], batch_size: int) -> Iterable[tuple[list[int], Batch]]:
+        """Groups items of similar length: (numbers of the items, their batch)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus that is ready for training.
+
+    Attributes:
+        train, valid: disjoint parts of the corpus, split by document.
+        spec: what the model must know of the data (for text a `Vocabulary`).
+        preprocessor: what a user's items go through later.
+        facts: counts for people and for `run.toml`: documents, duplicates, tokens, fingerprint.
+    """
+
+    train: Dataset
+    valid: Dataset
+    spec: Any
+    preprocessor: Any
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def pad_rows(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    """Rows of different length as one (batch, longest) int64 tensor, filled with `value`."""
+    out = np.full((len(rows), max(len(row) for row in rows)), value, dtype=np.int64)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(out)
+
+
+def pad_mask(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """The batch's `mask`, True where real; empty when all rows have one length."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    if bool((lengths == longest).all()):
+        return {}
+    return {"mask": torch.arange(longest) < lengths.unsqueeze(1)}  # (batch, time)

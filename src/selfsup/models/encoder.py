@@ -1,0 +1,52 @@
+"""The `Encoder` contract: a batch goes in, `Features` of every layer come out."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from selfsup.batch import Batch
+
+
+class Features(NamedTuple):
+    """What an encoder gives.
+
+    Attributes:
+        hidden: outputs of the embedding and of every layer, in that order, each (batch, time, dim).
+            The last one is what heads read.
+        mask: (batch, time), True where real.
+        pooled: (batch, dim), one vector for the whole example.
+    """
+
+    hidden: tuple[Float[Tensor, "batch time dim"], ...]
+    mask: Bool[Tensor, "batch time"]
+    pooled: Float[Tensor, "batch dim"]
+
+    @property
+    def last(self) -> Float[Tensor, "batch time dim"]:
+        """The output of the last layer."""
+        return self.hidden[-1]
+
+
+class Encoder(nn.Module):
+    """Turns a batch into `Features`.
+
+    Attributes:
+        dim: width of every hidden state and of `pooled`.
+        num_layers: number of layers; `Features.hidden` holds one more (the embedding).
+    """
+
+    dim: int
+    num_layers: int
+
+    def forward(self, batch: Batch) -> Features:
+        """Encodes one batch."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+
+def masked_mean(
+    hidden: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "batch dim"]:
+    """The mean over the real positions of each row, in float32."""
+    weight = mask.unsqueeze(-1).float()  # (batch, time, 1)
+    return (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -1,0 +1,111 @@
+"""The contract between what is learned and how it is trained.
+
+Pre-training methods and downstream tasks are both an `Objective`: something that owns an encoder
+and turns a batch into a loss. The training loop knows this file and nothing of any method.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selfsup.batch import Batch
+from selfsup.models.encoder import Encoder
+
+
+class Output(NamedTuple):
+    """What one batch gave.
+
+    Attributes:
+        loss: scalar, float32, a mean over `weight` items.
+        weight: how many items the mean is over, an int or a scalar tensor: gradient accumulation
+            and ranks weigh by it. A batch in which nothing was to be predicted has weight 0.
+        metrics: scalars worth plotting (accuracy, perplexity, target std, code usage); means over
+            the same items.
+    """
+
+    loss: Float[Tensor, ""]
+    weight: int | Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """All that the training loop knows of methods and tasks.
+
+    Attributes:
+        encoder: what a user keeps.
+        fields: names of the batch fields that `loss` reads.
+        kept: names of the submodules that go to the run's `model/` folder.
+        refresh_every: steps between two calls of `refresh`; None: never, 0: once, before step 0.
+        chance_loss: the loss of a guess that ignores its input, where that is known; the guard warns
+            when training sits on it.
+    """
+
+    encoder: Encoder
+    fields: tuple[str, ...] = ("tokens",)
+    kept: tuple[str, ...] = ("encoder",)
+    refresh_every: int | None = None
+    chance_loss: float | None = None
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Output:
+        """One batch to one loss; all randomness (masks, views, negatives) from `generator`."""
+        raise TypeError(f"{type(self).__name__} does not define loss")
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after the optimizer's step: moves a teacher, a queue, a codebook."""
+
+    def refresh(self, batches: Iterable[Batch], generator: torch.Generator) -> None:
+        """A pass over the data: cluster labels, data-driven initialisation."""
+
+
+@runtime_checkable
+class FillsBlanks(Protocol):
+    """A method whose model can fill masked positions."""
+
+    def fill(self, batch: Batch) -> Float[Tensor, "blank vocabulary"]:
+        """Log-probabilities of every token at every [MASK] of the batch, in reading order."""
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A method whose model can write on."""
+
+    def generate(
+        self, batch: Batch, num_tokens: int, generator: torch.Generator, **options: float
+    ) -> Tensor:
+        """Continues each row by `num_tokens` ids: (batch, num_tokens) int64."""
+        ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """A method whose model gives each real token a log-probability."""
+
+    def score(self, batch: Batch) -> Mapping[str, Tensor]:
+        """`log_probability` (batch, time) float32 and `scored` (batch, time) bool."""
+        ...
+
+
+class Predictions(NamedTuple):
+    """What a task says about one batch.
+
+    Attributes:
+        values: (batch, ...) class numbers, tag numbers per word, or real values.
+        scores: (batch, ..., classes) probabilities; for regression the values again.
+    """
+
+    values: Tensor
+    scores: Tensor
+
+
+class Task(Objective):
+    """An objective that reads labels: adds a prediction and names its metric."""
+
+    metric: str
+
+    def predict(self, batch: Batch) -> Predictions:
+        """Predictions for one batch, without gradient or dropout."""
+        raise TypeError(f"{type(self).__name__} does not define predict")
