@@ -1,17 +1,15 @@
 """What flows from data to methods: a `Batch` of named tensors, and the facts about its tokens.
 
-| field       | shape                                    | what                                          |
-|-------------|------------------------------------------|-----------------------------------------------|
-| `tokens`    | (batch, time) int64                      | token ids                                     |
-| `mask`      | (batch, time) bool                       | True where real; absent when nothing is padded|
-| `documents` | (batch, time) int64                      | number of the document inside a packed row;   |
-|             |                                          | attention stays inside a document; absent when|
-|             |                                          | every row is one document                     |
-| `segments`  | (batch, time) int64                      | 0 in sentence A, 1 in sentence B              |
-| `words`     | (batch, time) int64                      | the word number at the first token of a word, |
-|             |                                          | -1 elsewhere; for tagging                     |
-| `index`     | (batch,) int64                           | the example's number in its data set          |
-| `label`     | the task's own                           | only in labelled data                         |
+| field       | shape                 | what                                                       |
+|-------------|-----------------------|------------------------------------------------------------|
+| `tokens`    | (batch, time) int64   | token ids                                                  |
+| `mask`      | (batch, time) bool    | True where real; absent when nothing is padded             |
+| `documents` | (batch, time) int64   | number of the document in a packed row: attention stays    |
+|             |                       | inside a document; absent when every row is one document   |
+| `segments`  | (batch, time) int64   | 0 in sentence A, 1 in sentence B                           |
+| `words`     | (batch, time) int64   | the word number at a word's first token, -1 elsewhere      |
+| `index`     | (batch,) int64        | the example's number in its data set                       |
+| `label`     | the task's own        | only in labelled data                                      |
 """
 
 from dataclasses import dataclass

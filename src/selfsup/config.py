@@ -177,7 +177,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown section, name or key.
     """
-    from selfsup.training.loop import TrainingConfig
+    from selfsup.training.config import TrainingConfig
 
     known = ("data", "model", "method", "training", "recipe")
     for section in values:

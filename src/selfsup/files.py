@@ -25,8 +25,8 @@ def storage(path: Path) -> Iterator[None]:
                 where = where.parent
             free = shutil.disk_usage(where).free / 2**20
             raise StorageError(
-                f"{path}: no space left on the device ({free:.0f} MiB free). Nothing that was there "
-                "before is lost; free some space, or choose another place, and run it again."
+                f"{path}: no space left on the device ({free:.0f} MiB free). Nothing that was "
+                "there before is lost; free some space, or choose another place, and run it again."
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error

@@ -39,8 +39,8 @@ class Objective(nn.Module):
         fields: names of the batch fields that `loss` reads.
         kept: names of the submodules that go to the run's `model/` folder.
         refresh_every: steps between two calls of `refresh`; None: never, 0: once, before step 0.
-        chance_loss: the loss of a guess that ignores its input, where that is known; the guard warns
-            when training sits on it.
+        chance_loss: the loss of a guess that ignores its input, where that is known; the guard
+            warns when training sits on it.
     """
 
     encoder: Encoder

@@ -49,9 +49,9 @@ def isolated() -> Iterator[None]:
 class Order:
     """The order in which examples are read: a pure function of (seed, position).
 
-    Position p lies in pass p // size over the data; each pass is another permutation. It is computed
-    with a four-round Feistel network and cycle walking, so no table of indices is held, however
-    large the data set.
+    Position p lies in pass p // size over the data; each pass is another permutation, computed with
+    a four-round Feistel network and cycle walking: no table of indices is held, however large the
+    data set.
 
     >>> order = Order(5, seed=0)
     >>> sorted(order[0:5].tolist()), sorted(order[5:10].tolist())

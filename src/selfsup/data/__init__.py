@@ -1,0 +1,1 @@
+"""Data: files to numbered examples, for every kind of data."""

@@ -1,0 +1,1 @@
+"""Evaluation: metrics, classical baselines, and the comparison with training from scratch."""

@@ -1,0 +1,1 @@
+"""Models: a batch to features, for every kind of data."""

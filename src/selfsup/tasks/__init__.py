@@ -1,0 +1,1 @@
+"""Tasks: what labels ask for: head, loss, metric, prediction."""

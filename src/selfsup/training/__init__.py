@@ -1,0 +1,1 @@
+"""Training: one loop that knows `Objective` and nothing else."""

@@ -1,0 +1,1 @@
+"""Tuning: which parameters move for a task, and what is added."""

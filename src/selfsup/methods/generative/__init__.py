@@ -1,0 +1,1 @@
+"""Generative methods: predict the missing part of the input itself."""

@@ -1,0 +1,203 @@
+"""Reads a run folder for the report: what is there, checked once, and a note for what is not."""
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfsup.errors import CheckpointError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """One comparison of arms (pre-trained, scratch, baseline) by number of labels.
+
+    Attributes:
+        name: the file it came from.
+        task, metric: what was learned, and what is measured.
+        scores: arm -> number of labels -> one score per seed.
+        curves: fine-tuning curves; rows with `arm`, `labels`, `seed`, `step`, `loss`, perhaps `score`.
+        raw: the whole file.
+    """
+
+    name: str
+    task: str
+    metric: str
+    scores: dict[str, dict[int, list[float]]]
+    curves: list[Row]
+    raw: Row
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Every number of labels that some arm was scored with, ascending."""
+        return sorted({count for by_count in self.scores.values() for count in by_count})
+
+    @property
+    def unit(self) -> str:
+        """What one labelled example is called."""
+        return str(self.raw.get("unit", "examples"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        folder: as the caller gave it; it is shown in commands.
+        values: the sections of `run.toml`.
+        metrics, speed: rows in the order of their steps, one per (split, step).
+        compares: the `compare*.json` files by name.
+        fills, samples, embeddings: the content of those files, None where there is none.
+        warnings: what a reader must see first.
+    """
+
+    folder: Path
+    values: Row
+    metrics: list[Row]
+    speed: list[Row]
+    compares: list[Compare]
+    fills: list[Row] | None
+    samples: list[Row] | None
+    embeddings: Row | None
+    warnings: list[str]
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.name or self.folder.resolve().name
+
+    @property
+    def kind(self) -> str:
+        """The method's or the task's name; empty where `run.toml` names neither."""
+        for section in ("method", "task"):
+            part = self.values.get(section, {})
+            if part:
+                return str(part.get("name", "")) if isinstance(part, dict) else str(part)
+        return ""
+
+    def curve(self, key: str, split: str = "train") -> tuple[list[float], list[float]]:
+        """Steps and finite values of one metric on one split."""
+        rows = [r for r in self.metrics if r.get("split", "train") == split and finite(r.get(key))]
+        return [r["step"] for r in rows], [r[key] for r in rows]
+
+
+def finite(value: Any) -> bool:
+    """Whether a value from a file is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(folder: Path) -> Run:
+    """Everything that the report shows of one run folder.
+
+    Raises:
+        CheckpointError: the folder or its `run.toml` is missing, or a file in it is damaged.
+    """
+    path = folder / "run.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}). Give run folders, such as runs/first; "
+            "`selfsup pretrain` makes one."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a TOML file ({error})") from error
+    warnings = [str(text) for text in _json(folder / "warnings.json", list) or []]
+    metrics, cut_metrics = _rows(folder / "metrics.jsonl")
+    speed, cut_speed = _rows(folder / "speed.jsonl")
+    return Run(
+        folder=folder,
+        values=values,
+        metrics=metrics,
+        speed=speed,
+        compares=[read_compare(file) for file in sorted(folder.glob("compare*.json"))],
+        fills=_json(folder / "fills.json", list, ("text", "blanks")),
+        samples=_json(folder / "samples.json", list, ("prompt", "text")),
+        embeddings=_json(folder / "embeddings.json", dict, ("points", "labels")),
+        warnings=warnings + cut_metrics + cut_speed,
+    )
+
+
+def read_compare(path: Path) -> Compare:
+    """A comparison, its scores checked.
+
+    Raises:
+        CheckpointError: not JSON, a key is missing, or a score is not a finite number.
+    """
+    raw = _json(path, dict, ("metric", "arms"))
+    if raw is None:
+        raise CheckpointError(f"{path}: no such file; `selfsup compare RUN ...` makes it")
+    try:
+        scores = {
+            str(arm): {int(count): list(seeds) for count, seeds in by_count.items() if seeds}
+            for arm, by_count in raw["arms"].items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{path}: "arms" must hold arm -> number of labels -> one score per seed ({error})'
+        ) from error
+    for arm, by_count in scores.items():
+        for count, seeds in by_count.items():
+            if count < 1 or not all(map(finite, seeds)):
+                raise CheckpointError(f"{path}: arms.{arm}.{count} = {seeds}: not finite scores")
+    scores = {arm: by_count for arm, by_count in scores.items() if by_count}
+    if not scores:
+        raise CheckpointError(f'{path}: "arms" holds no scores; run `selfsup compare` again')
+    return Compare(
+        name=path.name,
+        task=str(raw.get("task", "")),
+        metric=str(raw["metric"]),
+        scores=scores,
+        curves=list(raw.get("curves") or []),
+        raw=raw,
+    )
+
+
+def _json(path: Path, kind: type, keys: tuple[str, ...] = ()) -> Any:
+    """The content of a JSON file, or None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(content, kind):
+        raise CheckpointError(f"{path}: must hold a {kind.__name__}")
+    for number, item in enumerate(content if kind is list and keys else [content]):
+        lacking = [key for key in keys if not isinstance(item, dict) or key not in item]
+        if lacking:
+            place = f"item {number}: " if kind is list else ""
+            raise CheckpointError(f"{path}: {place}missing key {', '.join(lacking)}")
+    return content
+
+
+def _rows(path: Path) -> tuple[list[Row], list[str]]:
+    """Rows of a JSONL file, and a note where its last line was cut off.
+
+    A resumed run writes the steps after its checkpoint again: the later row counts.
+    """
+    if not path.exists():
+        return [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows: dict[tuple[str, float], Row] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[str(row.get("split", "train")), row["step"]] = row
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):  # a run that was killed while it wrote
+                return _ordered(rows), [f"{path.name}: its last line is cut off and left out."]
+            raise CheckpointError(
+                f'{path}:{number}: not a JSON object with a "step" ({error})'
+            ) from error
+    return _ordered(rows), []
+
+
+def _ordered(rows: dict[tuple[str, float], Row]) -> list[Row]:
+    return sorted(rows.values(), key=lambda row: row["step"])

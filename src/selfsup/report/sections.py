@@ -1,0 +1,306 @@
+"""The sections of the page, in reading order: each turns one part of a run into HTML."""
+
+from statistics import median
+from typing import Any
+
+from selfsup.report import charts
+from selfsup.report.evidence import (
+    arm_name,
+    arm_order,
+    difference,
+    interval,
+    lower_is_better,
+    signed,
+    verdict,
+)
+from selfsup.report.runs import Compare, Row, Run, finite
+from selfsup.report.svg import compact, marker, text
+
+SHOWN_ELSEWHERE = ("environment", "facts", "command")
+HEADLINE_FACTS = ("documents", "duplicates", "train_tokens", "valid_tokens", "parameters")
+MAX_SAMPLES = 12
+
+
+def section(anchor: str, title: str, lead: str, body: str) -> str:
+    """One section with its heading and one sentence on how to read it."""
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section id="{text(anchor)}"><h2>{text(title)}</h2>{lead}{body}</section>'
+
+
+def number(value: Any) -> str:
+    """A value of a file as text: long integers grouped, short floats.
+
+    >>> number(1234567), number(0.00031), number(True), number([1, 2])
+    ('1,234,567', '0.00031', 'true', '1, 2')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(number(item) for item in value)
+    return str(value)
+
+
+def flattened(values: Row, prefix: str = "") -> dict[str, str]:
+    """Nested tables as dotted keys.
+
+    >>> flattened({"a": 1, "b": {"c": 2.5, "d": {"e": "x"}}})
+    {'a': '1', 'b.c': '2.5', 'b.d.e': 'x'}
+    """
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out.update(flattened(value, f"{prefix}{key}."))
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            for place, item in enumerate(value):
+                out.update(flattened(item, f"{prefix}{key}.{place}."))
+        else:
+            out[f"{prefix}{key}"] = number(value)
+    return out
+
+
+def pairs(values: Row) -> str:
+    """Keys and values as a definition list."""
+    rows = "".join(
+        f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>"
+        for key, value in flattened(values).items()
+    )
+    return f'<dl class="pairs">{rows}</dl>'
+
+
+def tiles(values: dict[str, str]) -> str:
+    """A row of large numbers with small names."""
+    items = "".join(
+        f"<div><dd>{text(value)}</dd><dt>{text(name)}</dt></div>" for name, value in values.items()
+    )
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def evidence(compare: Compare, anchor: str, title: str) -> str:
+    """Score against labels, the same numbers as a table, and how they were measured."""
+    figure = charts.both_widths(lambda w, h: charts.score_by_labels(compare, w, h))
+    better = "Lower is better. " if lower_is_better(compare) else ""
+    lead = (
+        f"{better}Lines join the means; small dots are single seeds; bars and bands are 95% "
+        "t-intervals over the seeds. Every arm sees the same labels."
+    )
+    conclusions = "".join(
+        f"<li>{text(verdict(compare, count).conclusion)}</li>" for count in compare.label_counts
+    )
+    drawn = ("arms", "curves", "label_counts", "metric", "command")
+    rest = {key: value for key, value in compare.raw.items() if key not in drawn}
+    how = f"<details><summary>How this was measured</summary>{pairs(rest)}</details>"
+    body = (
+        f'<figure>{figure}</figure>{_score_table(compare)}<ul class="plain">{conclusions}</ul>{how}'
+    )
+    return section(anchor, title, lead, body)
+
+
+def _score_table(compare: Compare) -> str:
+    arms = arm_order(compare)
+    paired = {"pretrained", "scratch"} <= set(arms)
+    head = "".join(
+        f'<th class="{charts.arm_color(arm, arms)}"><i></i>{text(arm_name(arm))}</th>'
+        for arm in arms
+    )
+    head += "<th>pre-trained − scratch</th>" if paired else ""
+    rows = []
+    for count in compare.label_counts:
+        winner = verdict(compare, count).winner
+        cells = ""
+        for arm in arms:
+            values = compare.scores[arm].get(count)
+            bold = ' class="best"' if arm == winner else ""
+            cells += f"<td{bold}>{_estimate(*interval(values)) if values else '–'}</td>"
+        if paired:
+            both = [compare.scores[arm].get(count) for arm in ("pretrained", "scratch")]
+            gap = difference(both[0], both[1]) if both[0] and both[1] else None
+            cells += f"<td>{_estimate(*gap, sign=True) if gap else '–'}</td>"
+        seeds = max(len(compare.scores[arm].get(count, ())) for arm in arms)
+        rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{seeds}</td></tr>')
+    caption = (
+        f"{text(compare.metric)}, mean ± half of the 95% interval over seeds; best mean in bold"
+    )
+    return (
+        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>labels</th>{head}'
+        f"<th>seeds</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _estimate(mean: float, half: float | None, sign: bool = False) -> str:
+    shown = signed(mean, 3) if sign else f"{mean:.3f}"
+    return shown if half is None else f"{shown} <small>± {half:.3f}</small>"
+
+
+def finetuning(compare: Compare, anchor: str) -> str:
+    """Loss (and score) while fine-tuning: two families of lines."""
+    panels = charts.finetuning_curves(compare, "loss") + charts.finetuning_curves(compare, "score")
+    if not panels:
+        return ""
+    lead = (
+        "The same model, the same labels, the same steps; only the start differs. Bold: the mean "
+        "over seeds. Thin: every seed."
+    )
+    return section(anchor, "Fine-tuning, from two starts", lead, _grid(panels, "pair"))
+
+
+def _grid(panels: list[str], classes: str) -> str:
+    figures = "".join(f"<figure>{panel}</figure>" for panel in panels)
+    return f'<div class="grid {classes}">{figures}</div>'
+
+
+def training(run: Run, anchor: str) -> str:
+    """Loss over the steps, then the learning rate and whatever else was logged."""
+    steps = [x for split in ("train", "valid") for x in run.curve("loss", split)[0]]
+    if not steps:
+        return ""
+    figure = charts.both_widths(lambda w, h: charts.training_loss(run, w, h))
+    body = f"<figure>{figure}</figure>" + _grid(_small_panels(run), "small")
+    title = "Fine-tuning" if "task" in run.values else "Pre-training"
+    lead = "Thin: the training loss as logged. Bold: the same, smoothed. Dots: text held out."
+    return section(anchor, title, lead, body)
+
+
+def _small_panels(run: Run) -> list[str]:
+    keys = dict.fromkeys(key for row in run.metrics for key, v in row.items() if finite(v))
+    keys = {key: None for key in ("lr", *keys) if key in keys and key not in ("step", "loss")}
+    names = {"lr": "learning rate", "grad_norm": "gradient norm"}
+    panels = []
+    for key in keys:
+        curves = {"c6": run.curve(key), "c0": run.curve(key, "valid")}
+        curves = {color: line for color, line in curves.items() if line[0]}
+        if curves:
+            panels.append(charts.small_curve(names.get(key, key.replace("_", " ")), curves))
+    return panels
+
+
+def speed(run: Run, anchor: str) -> str:
+    """Throughput over the steps."""
+    panels = []
+    for key, name in (
+        ("tokens_per_second", "tokens per second"),
+        ("data_wait", "waiting for data"),
+    ):
+        rows = [row for row in run.speed if finite(row.get(key))]
+        if rows:
+            line = ([row["step"] for row in rows], [row[key] for row in rows])
+            panels.append(charts.small_curve(name, {"c6": line}))
+    if not panels:
+        return ""
+    rates = [r["tokens_per_second"] for r in run.speed if finite(r.get("tokens_per_second"))]
+    lead = (
+        f"Half of the time faster than {compact(median(rates))} tokens per second." if rates else ""
+    )
+    return section(anchor, "Speed", lead, _grid(panels, "small"))
+
+
+def embeddings(run: Run, anchor: str) -> str:
+    """A map of vectors, beside the same map before training where there is one."""
+    found = run.embeddings
+    if not found or not found["points"]:
+        return ""
+    labels = [str(label) for label in found["labels"]]
+    words = [str(t) for t in found.get("texts") or [""] * len(labels)]
+    maps = [("untrained_points", "before training"), ("points", "after training")]
+    maps = [(key, name) for key, name in maps if found.get(key)]
+    shown = min(len(labels), charts.MAX_MAP_POINTS)
+    panels = []
+    for key, name in maps:
+        points = found[key][:shown]
+        drawn = charts.embedding_map(points, labels[:shown], words[:shown], f"Map {name}")
+        caption = f"<figcaption>{name}</figcaption>" if len(maps) > 1 else ""
+        panels.append(drawn + caption)
+    kinds = sorted(set(labels[:shown]))
+    legend = "".join(
+        f'<li class="{charts.label_color(place)}"><svg viewBox="0 0 12 12" aria-hidden="true">'
+        f"{marker(6, 6, 4, charts.label_shape(place), 'dot')}</svg>{text(kind)} "
+        f"<small>{labels[:shown].count(kind):,}</small></li>"
+        for place, kind in enumerate(kinds)
+    )
+    part = f" The first {shown:,} of {len(labels):,} points." if shown < len(labels) else ""
+    lead = (
+        f"One dot is one text, placed by {text(found.get('projection', 'a projection'))} of its "
+        f"vector; labels only colour it. Rest the mouse on a dot to read it.{part}"
+    )
+    body = f'<ul class="legend">{legend}</ul>{_grid(panels, "pair")}'
+    return section(anchor, str(found.get("title") or "Map of embeddings"), lead, body)
+
+
+def fills(run: Run, anchor: str) -> str:
+    """Sentences with blanks, the best guesses for each as bars."""
+    if not run.fills:
+        return ""
+    cards = []
+    for fill in run.fills:
+        pieces = str(fill["text"]).split("[MASK]")
+        sentence = text(pieces[0])
+        for place, piece in enumerate(pieces[1:]):
+            guesses = fill["blanks"][place] if place < len(fill["blanks"]) else []
+            sentence += f"<mark>{text(guesses[0][0] if guesses else '[MASK]')}</mark>{text(piece)}"
+        bars = "".join(_guesses(guesses) for guesses in fill["blanks"])
+        cards.append(f'<div class="card"><p>{sentence}</p><div class="blanks">{bars}</div></div>')
+    lead = "The marked word is the model's first choice; the bars are its five best."
+    body = f'<div class="cards">{"".join(cards)}</div>'
+    return section(anchor, "Filled blanks", lead, body)
+
+
+def _guesses(guesses: list[list[Any]]) -> str:
+    rows = "".join(
+        f'<li><span>{text(word)}</span><b><i style="width:{100 * chance:.1f}%"></i></b>'
+        f"<span>{100 * chance:.0f}%</span></li>"
+        for word, chance in guesses
+    )
+    return f'<ol class="bars">{rows}</ol>'
+
+
+def samples(run: Run, anchor: str) -> str:
+    """What a generating model wrote."""
+    if not run.samples:
+        return ""
+    blocks = [
+        f"<blockquote><b>{text(sample['prompt'])}</b>{text(sample['text'])}</blockquote>"
+        for sample in run.samples
+    ]
+    more = blocks[MAX_SAMPLES:]
+    body = "".join(blocks[:MAX_SAMPLES])
+    if more:
+        body += f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>"
+    return section(anchor, "What it writes", "Bold: the prompt. The rest is the model's.", body)
+
+
+def facts(run: Run, anchor: str) -> str:
+    """Counts of the data and the model."""
+    found = run.values.get("facts", {})
+    if not found:
+        return ""
+    large = {
+        key.replace("_", " "): compact(found[key])
+        for key in HEADLINE_FACTS
+        if finite(found.get(key))
+    }
+    return section(anchor, "The data", "", tiles(large) + pairs(found))
+
+
+def configuration(run: Run, anchor: str) -> str:
+    """Every key of `run.toml` that no other section shows, group by group."""
+    loose = {k: v for k, v in run.values.items() if not isinstance(v, dict)}
+    groups = {"run": loose} if loose else {}
+    groups.update({k: v for k, v in run.values.items() if isinstance(v, dict) and v})
+    groups = {name: values for name, values in groups.items() if name not in SHOWN_ELSEWHERE}
+    if not groups:
+        return ""
+    body = "".join(
+        f"<details><summary>{text(name)} <small>{text(values.get('name', ''))} "
+        f"{len(flattened(values))} keys</small></summary>{pairs(values)}</details>"
+        for name, values in groups.items()
+    )
+    return section(anchor, "Configuration", "Resolved: defaults included.", body)
+
+
+def environment(run: Run, anchor: str) -> str:
+    """Where it ran."""
+    found = run.values.get("environment", {})
+    return section(anchor, "Environment", "", pairs(found)) if found else ""

@@ -1,0 +1,83 @@
+"""What decides how long, how fast and how safely a run trains."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Schedule = Literal["linear", "cosine", "wsd", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how fast and how safely to train.
+
+    Exactly one of `steps`, `tokens` and `minutes` is the budget. With `minutes` the learning rate
+    follows the clock, so the run ends when it was promised to; only budgets in steps or tokens are
+    bit-equal from run to run.
+    """
+
+    steps: int | None = None
+    """Budget in optimizer steps."""
+    tokens: int | None = None
+    """Budget in real (unpadded) tokens, or in examples where the data has no tokens."""
+    minutes: float | None = None
+    """Budget in minutes of wall clock."""
+    batch_size: int = 32
+    """Examples per forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step; their gradients are weighted by item counts."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay of matrices."""
+    betas: tuple[float, ...] = (0.9, 0.98)
+    """AdamW's two moments."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest L2 norm of the gradient; 0 switches clipping off."""
+    warmup: float = 0.06
+    """Share of the budget in which the learning rate rises."""
+    schedule: Schedule = "linear"
+    """How the learning rate falls: linear, cosine, wsd or constant."""
+    decay: float = 0.2
+    """Share of the budget in which `wsd` falls."""
+    final_lr: float = 0.0
+    """Share of the peak learning rate at the end."""
+    evaluations: int = 10
+    """How often the held-out part is looked at, evenly over the budget."""
+    valid_batches: int = 16
+    """Held-out batches per evaluation."""
+    patience: int = 0
+    """Stop after so many evaluations without improvement; 0: never."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights the model folder gets: the last, or those with the best validation loss."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every: int = 10
+    """Steps per row of metrics.jsonl."""
+    seed: int = 0
+    """Decides initial weights, order, masks and dropout."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast where the processor computes in it, float32 elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compile: bool = False
+    """torch.compile of the objective's loss; pays on GPUs."""
+    nonfinite: Literal["skip", "stop"] = "stop"
+    """What to do with a step whose loss or gradient is not finite; weights never see it."""
+    tensorboard: bool = False
+    """Also write TensorBoard files (needs the tensorboard extra)."""
+
+    def __post_init__(self) -> None:
+        budgets = [b for b in (self.steps, self.tokens, self.minutes) if b is not None]
+        if len(budgets) != 1 or budgets[0] <= 0:
+            raise ValueError("give exactly one positive budget: steps, tokens or minutes")
+        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if len(self.betas) != 2:
+            raise ValueError("betas needs two numbers")
+        if not 0 <= self.warmup < 1:
+            raise ValueError("warmup is a share of the budget, from 0 up to 1")

@@ -1,0 +1,41 @@
+"""Held-out loss and the health of the features."""
+
+import torch
+
+from selfsup.data.dataset import Dataset
+from selfsup.objective import Objective
+from selfsup.randomness import Order, torch_generator
+from selfsup.training import guard
+from selfsup.training.config import TrainingConfig
+from selfsup.training.device import to_device
+
+
+def evaluate(
+    objective: Objective, data: Dataset, config: TrainingConfig, device: torch.device
+) -> dict[str, float]:
+    """Weighted mean of loss and metrics over the first `valid_batches` batches of a fixed order.
+
+    Also `effective_rank` and `spread` of the pooled features of the first batch. The caller chooses
+    eval mode, autocast and no_grad.
+    """
+    order = Order(len(data), config.seed)
+    sums: dict[str, float] = {}
+    total = 0.0
+    health: dict[str, float] = {}
+    for number in range(min(config.valid_batches, -(-len(data) // config.batch_size))):
+        first = number * config.batch_size
+        batch = data.batch(order[first : min(first + config.batch_size, len(data))])
+        batch = to_device(batch, device)
+        generator = torch_generator(config.seed, "valid", number, device=device)
+        output = objective.loss(batch, generator)
+        weight = float(output.weight)
+        for name, value in (("loss", output.loss), *output.metrics.items()):
+            sums[name] = sums.get(name, 0.0) + float(value) * weight
+        total += weight
+        if number == 0 and len(batch["index"]) >= 8:
+            pooled = objective.encoder(batch).pooled
+            health = {
+                "effective_rank": float(guard.effective_rank(pooled)),
+                "spread": float(guard.spread(pooled)),
+            }
+    return {k: v / max(total, 1.0) for k, v in sums.items()} | health

@@ -1,0 +1,99 @@
+"""The run folder, a public format: what one training leaves behind.
+
+run.toml         resolved configuration, command, environment, facts; loading it executes nothing
+metrics.jsonl    one row per logged step: bit-equal between equal runs, resumed or not
+speed.jsonl      seconds, throughput and data wait of the same steps: never bit-equal
+warnings.json    what the guard said
+checkpoints/     see checkpoint.py
+model/           what a user keeps
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from selfsup.errors import CheckpointError, ConfigError
+from selfsup.files import storage, write_json
+
+
+class RunFolder:
+    """One run's folder, held by one process at a time.
+
+    Args:
+        path: the folder.
+        resume: go on in a folder that exists; otherwise it must be new or empty.
+
+    Raises:
+        ConfigError: the folder exists and `resume` is not asked for, or another process holds it.
+    """
+
+    def __init__(self, path: Path, resume: bool = False):
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; --out needs a folder")
+        if not resume and path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+            raise ConfigError(
+                f"{path} exists already: give --resume to go on with it, or another --out"
+            )
+        with storage(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the object's life)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path} is in use by another selfsup process") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def warnings(self, texts: list[str]) -> None:
+        """Replaces the list of warnings that the report shows."""
+        write_json(self.path / "warnings.json", texts)
+
+    def close(self) -> None:
+        """Lets the folder go."""
+        self._lock.close()
+
+
+class Rows:
+    """Append-only JSON lines: in memory always, in a file when there is a folder.
+
+    Args:
+        path: the file, or None.
+        size: bytes of the file that belong to the checkpoint one resumes from; the rest, rows of
+            steps that will be made again, is cut off.
+    """
+
+    def __init__(self, path: Path | None, size: int = 0):
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.file = None
+        if path is None:
+            return
+        with storage(path):
+            self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+            if self.file.tell() < size:
+                raise CheckpointError(f"{path}: shorter than the checkpoint says; rows were lost")
+            self.file.truncate(size)
+            self.file.seek(size)
+            self.rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends one row."""
+        self.rows.append(dict(row))
+        if self.file is not None and self.path is not None:
+            with storage(self.path):
+                self.file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+                self.file.flush()
+
+    def flushed_size(self) -> int:
+        """Makes all rows durable; gives the size of the file in bytes."""
+        if self.file is None or self.path is None:
+            return 0
+        with storage(self.path):
+            os.fsync(self.file.fileno())
+        return self.file.tell()
