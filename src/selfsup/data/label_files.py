@@ -120,11 +120,13 @@ def table(path: Path, headerless: bool = False) -> tuple[list[str], list[Record]
     ]
 
 
-def find_column(path: Path, columns: list[str], what: str, given: str | int | None) -> str | None:
-    """The column that is `given`, or the one that has a usual name for `what`, a key of `USUAL`.
+def has_usual(columns: list[str], what: str) -> bool:
+    """Whether a column has a usual name for `what`, a key of `USUAL`."""
+    return any(column.lower() in USUAL[what] for column in columns)
 
-    Returns:
-        None only for "text_b", where no column has a usual name.
+
+def find_column(path: Path, columns: list[str], what: str, given: str | int | None) -> str:
+    """The column that is `given`, or the one that has a usual name for `what`, a key of `USUAL`.
 
     Raises:
         DataError: no such column, none of a usual name, or several of them.
@@ -139,16 +141,16 @@ def find_column(path: Path, columns: list[str], what: str, given: str | int | No
     found = [column for column in columns if column.lower() in USUAL[what]]
     if len(found) > 1:
         raise DataError(
-            f"{path}:1: {' and '.join(map(repr, found))} could each be the {what} column; say which "
-            f"with {option}=NAME (for a pair of texts with text= and text_b=); {shown}"
+            f"{path}:1: {' and '.join(map(repr, found))} could each be the {what} column; say "
+            f"which with {option}=NAME (a pair of texts: text=NAME text_b=NAME); {shown}"
         )
-    if not found and what != "text_b":
+    if not found:
         raise DataError(
             f"{path}:1: no {what} column was found ({', '.join(USUAL[what])}); say which with "
             f"{option}=NAME, or give text and label as column numbers if there is no header row; "
             f"{shown}"
         )
-    return found[0] if found else None
+    return found[0]
 
 
 def sentences(path: Path, label: str | int | None = None) -> Iterator[Sentence]:
@@ -224,7 +226,7 @@ def _column_tag(path: Path, label: str | int | None) -> Pick:
         place = len(cells) - 1 if label is None else int(label) - 1
         if place < 1 or place >= len(cells):
             raise DataError(
-                f"{path}:{number}: a word without its tag: {len(cells)} column(s), no tag in column "
+                f"{path}:{number}: a word without its tag: {len(cells)} column(s), none in place "
                 f"{max(place, 1) + 1}; sentences are separated by an empty line"
             )
         if not cells[0].strip() or not cells[place].strip():

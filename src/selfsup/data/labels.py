@@ -23,6 +23,7 @@ from selfsup.data.label_files import (
     Record,
     Sentence,
     find_column,
+    has_usual,
     sentences,
     suffix_of,
     table,
@@ -148,9 +149,10 @@ def _table_rows(path: Path, task: str, text, text_b, label) -> list[tuple[str, A
     tagging = task == "tagging"
     first = find_column(path, columns, "words" if tagging else "text", text)
     answer = find_column(path, columns, "tags" if tagging else "label", label)
-    second = None
-    if text_b is not None or (text is None and not tagging):
-        second = find_column(path, columns, "text_b", text_b)
+    paired = text_b is not None
+    if text is None and not tagging and not paired:
+        paired = has_usual(columns, "text_b")
+    second = find_column(path, columns, "text_b", text_b) if paired else None
     rows: list[tuple[str, Any, Any]] = []
     for record in records:
         for column in filter(None, (first, second, answer)):
@@ -162,40 +164,27 @@ def _table_rows(path: Path, task: str, text, text_b, label) -> list[tuple[str, A
         if tagging:
             rows.append(_tagged(record, first, answer))
             continue
-        item: Any = _text(record, first)
+        item: Any = _string(record, first)
         if second is not None:
-            item = (item, _text(record, second))
-        value = _number(record, answer) if task == "regression" else _name(record, answer)
+            item = (item, _string(record, second))
+        value = _number(record, answer) if task == "regression" else _string(record, answer)
         rows.append((record.where, item, value))
     return rows
 
 
-def _text(record: Record, column: str) -> str:
-    value = record.cells[column]
-    value = "" if value is None else value
-    if not isinstance(value, str):
-        raise DataError(f"{record.where}: {column!r} must be text, got {value!r}")
-    if not value.strip():
-        raise DataError(f"{record.where}: the text in {column!r} is empty; remove or fill the line")
-    return value.strip()
-
-
-def _name(record: Record, column: str) -> str:
+def _string(record: Record, column: str) -> str:
     value = record.cells[column]
     if isinstance(value, bool | int | float):
-        return json.dumps(value)  # true, 1, 0.5: as JSON writes it
-    value = "" if value is None else value
+        value = json.dumps(value)  # true, 1, 0.5: as JSON writes it
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{record.where}: {column!r} is empty; fill it in or remove the line")
     if not isinstance(value, str):
-        raise DataError(f"{record.where}: {column!r} must be one label, got {value!r}")
-    if not value.strip():
-        raise DataError(
-            f"{record.where}: the label in {column!r} is empty; remove or fill the line"
-        )
+        raise DataError(f"{record.where}: {column!r} must be text or a number, got {value!r}")
     return value.strip()
 
 
 def _number(record: Record, column: str) -> float:
-    text = _name(record, column)
+    text = _string(record, column)
     try:
         value = float(text)
     except ValueError:
@@ -205,22 +194,25 @@ def _number(record: Record, column: str) -> float:
     return value
 
 
+def _strings(record: Record, column: str) -> list[str]:
+    value = record.cells[column]
+    parts = value.split() if isinstance(value, str) else value
+    if not parts:
+        raise DataError(f"{record.where}: {column!r} is empty; fill it in or remove the line")
+    if not isinstance(parts, list):
+        raise DataError(
+            f"{record.where}: {column!r} must be a list, or words between spaces, got {value!r}"
+        )
+    return [_string(Record(record.where, {column: part}), column) for part in parts]
+
+
 def _tagged(record: Record, first: str, answer: str) -> Sentence:
-    words, tags = (
-        value.split() if isinstance(value := record.cells[column], str) else value
-        for column in (first, answer)
-    )
-    for column, value in ((first, words), (answer, tags)):
-        if not value:
-            raise DataError(f"{record.where}: {column!r} is empty; remove or fill the line")
-        if not isinstance(value, list) or isinstance(value[0], list | dict):
-            raise DataError(f"{record.where}: {column!r} must be words, got {value!r}")
+    words, tags = _strings(record, first), _strings(record, answer)
     if len(words) != len(tags):
-        raise DataError(f"{record.where}: {len(words)} words, but {len(tags)} tags")
-    tags = [_name(Record(record.where, {answer: tag}), answer) for tag in tags]
-    return Sentence(
-        record.where, [_text(Record(record.where, {first: w}), first) for w in words], tags
-    )
+        raise DataError(
+            f"{record.where}: {len(words)} words in {first!r}, but {len(tags)} tags in {answer!r}"
+        )
+    return Sentence(record.where, words, tags)
 
 
 def split(labelled: Labelled, fractions: Sequence[float], seed: int) -> tuple[Labelled, ...]:

@@ -332,10 +332,8 @@ def _truncated(
     """The two cut at their ends, the longer one first, until both fit into `room` tokens."""
     if b is None:
         return a[:room], None
-    shorter = min(len(a), len(b), room // 2)
-    if len(a) > len(b):
-        return a[: room - shorter], b[:shorter]
-    return a[:shorter], b[: room - shorter]
+    of_a = max(room - len(b), min(len(a), room - room // 2))  # an odd token goes to a
+    return a[:of_a], b[: max(0, room - len(a[:of_a]))]
 
 
 def _pipeline(config: TokenizerConfig) -> tuple[library.Tokenizer, Any]:

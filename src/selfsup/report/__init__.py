@@ -1,0 +1,9 @@
+"""The report: one self-contained HTML page about a run, and one picture for a README.
+
+It only reads run folders; nothing here imports torch.
+"""
+
+from selfsup.report.figure import write_figure
+from selfsup.report.page import write_report
+
+__all__ = ["write_figure", "write_report"]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from selfsup.report.evidence import ARM_NAMES, arm_name, arm_order, interval
+from selfsup.report.markup import compact
 from selfsup.report.runs import Compare, Row, Run, finite
-from selfsup.report.svg import CHARACTER, Plot, compact, padded
+from selfsup.report.svg import CHARACTER, Plot, padded
 
 WIDE, NARROW = (920, 420), (390, 380)  # a figure for screens, and the same for phones
 MAX_POINTS = 600  # points of one drawn line; more cannot be told apart
@@ -41,14 +42,12 @@ def both_widths(draw: Callable[[int, int], str]) -> str:
     return f'<div class="wide">{draw(*WIDE)}</div><div class="narrow">{draw(*NARROW)}</div>'
 
 
-def smoothed(values: Sequence[float], span: float | None = None) -> list[float]:
-    """Exponential moving average with bias correction; the span is a thirtieth of the series."""
-    keep = 1 - 1 / max(1.0, span or len(values) / 30)
-    out, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
-    return out
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of the values around each one, a thirtieth of the series wide; it does not lag."""
+    reach, place = len(values) // 60, np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    low, high = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    return ((sums[high] - sums[low]) / (high - low)).tolist()
 
 
 def thinned(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -69,14 +68,15 @@ def score_by_labels(compare: Compare, width: int, height: int) -> str:
         for count, values in compare.scores[arm].items()
     }
     shown = [edge for low, _, high in bounds.values() for edge in (low, high)]
+    called = arm_name if width >= WIDE[0] else _short_name
     lasts = {arm: max(compare.scores[arm]) for arm in arms}
     names = [
-        (f"{arm_name(arm)} {bounds[arm, lasts[arm]][1]:.2f}", bounds[arm, lasts[arm]][1], arm)
+        (f"{called(arm)} {bounds[arm, lasts[arm]][1]:.2f}", bounds[arm, lasts[arm]][1], arm)
         for arm in arms
     ]
     plot = Plot(
         f"{compare.metric} against number of labels",
-        (counts[0] / 1.25, counts[-1] * 1.25),
+        log_range(counts),
         padded(shown + seeds),
         width=width,
         height=height,
@@ -96,13 +96,24 @@ def score_by_labels(compare: Compare, width: int, height: int) -> str:
         for count, low, mean, high in zip(mine, lows, means, highs, strict=True):
             if high > low:
                 plot.bar(count, low, high, color, shift)
-            for number, score in enumerate(compare.scores[arm][count], 1):
+            single = len(compare.scores[arm][count]) == 1  # then the mean is its dot
+            for number, score in enumerate(() if single else compare.scores[arm][count], 1):
                 tip = f"{arm_name(arm)}, {count:,} labels, seed {number}: {score:.3f}"
                 plot.dot(count, score, f"seed {color}", tip, radius=3.2, shift=shift, shape=place)
             tip = f"{arm_name(arm)}, {count:,} labels: mean {mean:.3f}"
             plot.dot(count, mean, f"mean {color}", tip, radius=5, shape=place)
     plot.end_labels([(words, value, arm_color(arm, arms)) for words, value, arm in names])
     return plot.render()
+
+
+def _short_name(arm: str) -> str:
+    return {"scratch": "scratch", "baseline": "baseline"}.get(arm, arm_name(arm))
+
+
+def log_range(counts: Sequence[int]) -> tuple[float, float]:
+    """The numbers of labels with some room at both sides of a logarithmic axis."""
+    room = max(1.02, (counts[-1] / counts[0]) ** 0.05) if len(counts) > 1 else 2.0
+    return counts[0] / room, counts[-1] * room
 
 
 def _clipped(
@@ -129,13 +140,16 @@ def finetuning_curves(compare: Compare, key: str) -> list[str]:
     if not rows:
         return []
     values = [value for row in rows for value in _points(row, key)[1]]
+    title = _title(compare.metric) if key == "score" else key
     return [
-        _family_panel([row for row in rows if int(row["labels"]) == count], key, count, values)
+        _family_panel(
+            [row for row in rows if int(row["labels"]) == count], key, title, count, values
+        )
         for count in sorted({int(row["labels"]) for row in rows})
     ]
 
 
-def _family_panel(rows: list[Row], key: str, count: int, values: list[float]) -> str:
+def _family_panel(rows: list[Row], key: str, title: str, count: int, values: list[float]) -> str:
     arms = [arm for arm in ARM_NAMES if any(row["arm"] == arm for row in rows)]
     arms += sorted({str(row["arm"]) for row in rows} - set(arms))
     steps = [step for row in rows for step in _points(row, key)[0]]
@@ -143,10 +157,10 @@ def _family_panel(rows: list[Row], key: str, count: int, values: list[float]) ->
         f"Fine-tuning {key} with {count} labels",
         (min(steps), max(steps)),
         padded(values, 0.04),
-        width=460,
-        height=310,
+        width=400,
+        height=280,
         x_title="fine-tuning step",
-        y_title=f"{key}, {count:,} labels",
+        y_title=f"{title}, {count:,} labels",
         right=20 + CHARACTER * max(len(arm_name(arm)) for arm in arms),
     )
     ends = []
@@ -239,7 +253,9 @@ def embedding_map(
     for point, label, words in zip(points, labels, texts, strict=True):
         number = kinds.index(label)
         tip = f"{label}: {words[:160]}" if words else label
-        plot.dot(*point, label_color(number), tip, radius=3.6, shape=label_shape(number))
+        plot.dot(
+            point[0], point[1], label_color(number), tip, radius=3.6, shape=label_shape(number)
+        )
     return plot.render()
 
 

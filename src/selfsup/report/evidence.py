@@ -18,7 +18,7 @@ ARM_NAMES = {
     "baseline": "classical baseline",
 }
 LOWER_IS_BETTER = ("loss", "mse", "rmse", "mae", "error", "perplexity")
-# Student's t, two-sided 95%, for 1 to 9 degrees of freedom; beyond, the series below is exact to 1e-4.
+# Student's t, two-sided 95%, for 1 to 9 degrees of freedom; `t95` has a series for more.
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 Z95 = 1.959964
 
@@ -128,21 +128,23 @@ def verdict(compare: Compare, count: int) -> Verdict:
     winner = ranked[0]
     shown = {arm: f"{means[arm]:.2f} {arm_name(arm)}" for arm in means}
     if {"pretrained", "scratch"} <= set(means):
-        gap = means["pretrained"] - means["scratch"]
+        # Of the rounded scores, so that the sentence's own arithmetic is right.
+        gap = round(means["pretrained"], 2) - round(means["scratch"], 2)
         owner = "pretrained" if winner == "scratch" else "scratch"
         shown[owner] += f" ({signed(gap)})"
     where = f"{count:,} labelled {compare.unit}"
-    if winner == "pretrained" or len(ranked) == 1:
-        headline = f"With {where}: {', '.join(shown.values())}"
-    else:
-        name = arm_name(winner)
-        name = "Training from scratch" if winner == "scratch" else f"The {name}"
-        rest = " and ".join(text for arm, text in shown.items() if arm != winner)
-        headline = f"{name} wins with {where}: {means[winner]:.2f}, against {rest}"
     if len(ranked) == 1:
+        headline = f"With {where}: {shown[winner]}"
         return Verdict(headline, "There is no other arm to compare it with.", winner, False)
     gap, half = difference(seeds[winner], seeds[ranked[1]])
-    clear = half is not None and abs(gap) > half and gap != 0
+    clear = half is not None and abs(gap) > half
+    if winner == "pretrained":
+        headline = f"With {where}: {', '.join(shown.values())}"
+    else:
+        name = "Training from scratch" if winner == "scratch" else f"The {arm_name(winner)}"
+        rest = " and ".join(text for arm, text in shown.items() if arm != winner)
+        leads = "wins" if clear else "is ahead"
+        headline = f"{name} {leads} with {where}: {means[winner]:.2f}, against {rest}"
     return Verdict(headline, _conclusion(winner, ranked[1], gap, half, clear, where), winner, clear)
 
 
@@ -170,7 +172,7 @@ def _conclusion(
     elif winner == "scratch":
         who = "Pre-training did not pay here: training from scratch is ahead"
     elif winner == "baseline":
-        who = "Pre-training did not pay here: the classical baseline is ahead"
+        who = f"The classical baseline is {'the better choice' if clear else 'ahead'}"
     else:
         who = f"The {arm_name(winner)} arm is ahead"
     return f"{who} with {where}, {sure}"

@@ -20,7 +20,7 @@ class Compare:
         name: the file it came from.
         task, metric: what was learned, and what is measured.
         scores: arm -> number of labels -> one score per seed.
-        curves: fine-tuning curves; rows with `arm`, `labels`, `seed`, `step`, `loss`, perhaps `score`.
+        curves: fine-tuning curves: `arm`, `labels`, `seed`, `step`, `loss`, perhaps `score`.
         raw: the whole file.
     """
 
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
         compares=[read_compare(file) for file in sorted(folder.glob("compare*.json"))],
         fills=_json(folder / "fills.json", list, ("text", "blanks")),
         samples=_json(folder / "samples.json", list, ("prompt", "text")),
-        embeddings=_json(folder / "embeddings.json", dict, ("points", "labels")),
+        embeddings=_embeddings(folder / "embeddings.json"),
         warnings=warnings + cut_metrics + cut_speed,
     )
 
@@ -144,6 +144,10 @@ def read_compare(path: Path) -> Compare:
         for count, seeds in by_count.items():
             if count < 1 or not all(map(finite, seeds)):
                 raise CheckpointError(f"{path}: arms.{arm}.{count} = {seeds}: not finite scores")
+    for place, row in enumerate(raw.get("curves") or []):
+        lacking = [key for key in ("arm", "labels", "step", "loss") if key not in row]
+        if lacking:
+            raise CheckpointError(f"{path}: curves[{place}]: missing key {', '.join(lacking)}")
     scores = {arm: by_count for arm, by_count in scores.items() if by_count}
     if not scores:
         raise CheckpointError(f'{path}: "arms" holds no scores; run `selfsup compare` again')
@@ -157,6 +161,23 @@ def read_compare(path: Path) -> Compare:
     )
 
 
+def _embeddings(path: Path) -> Row | None:
+    """A map of points, its lists checked against each other."""
+    found = _json(path, dict, ("points", "labels"))
+    if found is None:
+        return None
+    number = len(found["points"])
+    for key in ("labels", "texts", "untrained_points"):
+        if found.get(key) and len(found[key]) != number:
+            raise CheckpointError(
+                f"{path}: {len(found[key])} {key} for {number} points; run `selfsup embed` again"
+            )
+    for point in found["points"] + (found.get("untrained_points") or []):
+        if len(point) != 2 or not all(map(finite, point)):
+            raise CheckpointError(f"{path}: a point is {point}, must be two finite numbers")
+    return found
+
+
 def _json(path: Path, kind: type, keys: tuple[str, ...] = ()) -> Any:
     """The content of a JSON file, or None where there is no such file."""
     if not path.exists():
@@ -167,7 +188,8 @@ def _json(path: Path, kind: type, keys: tuple[str, ...] = ()) -> Any:
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(content, kind):
         raise CheckpointError(f"{path}: must hold a {kind.__name__}")
-    for number, item in enumerate(content if kind is list and keys else [content]):
+    items: list[Any] = [content] if kind is dict else list(content)  # type: ignore[call-overload]
+    for number, item in enumerate(items if keys else []):
         lacking = [key for key in keys if not isinstance(item, dict) or key not in item]
         if lacking:
             place = f"item {number}: " if kind is list else ""
@@ -189,6 +211,8 @@ def _rows(path: Path) -> tuple[list[Row], list[str]]:
             continue
         try:
             row = json.loads(line)
+            if not finite(row["step"]):
+                raise ValueError(f"step = {row['step']}")
             rows[str(row.get("split", "train")), row["step"]] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == len(lines):  # a run that was killed while it wrote

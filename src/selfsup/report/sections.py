@@ -13,70 +13,12 @@ from selfsup.report.evidence import (
     signed,
     verdict,
 )
+from selfsup.report.markup import flattened, pairs, records, rounded, section, text
 from selfsup.report.runs import Compare, Row, Run, finite
-from selfsup.report.svg import compact, marker, text
+from selfsup.report.svg import marker
 
 SHOWN_ELSEWHERE = ("environment", "facts", "command")
-HEADLINE_FACTS = ("documents", "duplicates", "train_tokens", "valid_tokens", "parameters")
 MAX_SAMPLES = 12
-
-
-def section(anchor: str, title: str, lead: str, body: str) -> str:
-    """One section with its heading and one sentence on how to read it."""
-    lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section id="{text(anchor)}"><h2>{text(title)}</h2>{lead}{body}</section>'
-
-
-def number(value: Any) -> str:
-    """A value of a file as text: long integers grouped, short floats.
-
-    >>> number(1234567), number(0.00031), number(True), number([1, 2])
-    ('1,234,567', '0.00031', 'true', '1, 2')
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10000 else str(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return ", ".join(number(item) for item in value)
-    return str(value)
-
-
-def flattened(values: Row, prefix: str = "") -> dict[str, str]:
-    """Nested tables as dotted keys.
-
-    >>> flattened({"a": 1, "b": {"c": 2.5, "d": {"e": "x"}}})
-    {'a': '1', 'b.c': '2.5', 'b.d.e': 'x'}
-    """
-    out: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out.update(flattened(value, f"{prefix}{key}."))
-        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            for place, item in enumerate(value):
-                out.update(flattened(item, f"{prefix}{key}.{place}."))
-        else:
-            out[f"{prefix}{key}"] = number(value)
-    return out
-
-
-def pairs(values: Row) -> str:
-    """Keys and values as a definition list."""
-    rows = "".join(
-        f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>"
-        for key, value in flattened(values).items()
-    )
-    return f'<dl class="pairs">{rows}</dl>'
-
-
-def tiles(values: dict[str, str]) -> str:
-    """A row of large numbers with small names."""
-    items = "".join(
-        f"<div><dd>{text(value)}</dd><dt>{text(name)}</dt></div>" for name, value in values.items()
-    )
-    return f'<dl class="tiles">{items}</dl>'
 
 
 def evidence(compare: Compare, anchor: str, title: str) -> str:
@@ -87,16 +29,29 @@ def evidence(compare: Compare, anchor: str, title: str) -> str:
         f"{better}Lines join the means; small dots are single seeds; bars and bands are 95% "
         "t-intervals over the seeds. Every arm sees the same labels."
     )
+    counts = compare.label_counts if len(compare.label_counts) > 1 else []
     conclusions = "".join(
-        f"<li>{text(verdict(compare, count).conclusion)}</li>" for count in compare.label_counts
+        f"<li>{text(verdict(compare, count).conclusion)}</li>" for count in counts
     )
-    drawn = ("arms", "curves", "label_counts", "metric", "command")
+    drawn = ("arms", "curves", "label_counts", "metric", "command", "verdict")
     rest = {key: value for key, value in compare.raw.items() if key not in drawn}
-    how = f"<details><summary>How this was measured</summary>{pairs(rest)}</details>"
+    how = _details("How this was measured", rest)
     body = (
         f'<figure>{figure}</figure>{_score_table(compare)}<ul class="plain">{conclusions}</ul>{how}'
     )
     return section(anchor, title, lead, body)
+
+
+def _details(title: str, values: Row) -> str:
+    """Keys and values; lists of records become tables below them."""
+    tables = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    listed = pairs({key: value for key, value in values.items() if key not in tables})
+    listed += "".join(f"<h3>{text(key)}</h3>{records(value)}" for key, value in tables.items())
+    return f"<details><summary>{text(title)}</summary>{listed}</details>"
 
 
 def _score_table(compare: Compare) -> str:
@@ -121,11 +76,9 @@ def _score_table(compare: Compare) -> str:
             cells += f"<td>{_estimate(*gap, sign=True) if gap else '–'}</td>"
         seeds = max(len(compare.scores[arm].get(count, ())) for arm in arms)
         rows.append(f'<tr><th scope="row">{count:,}</th>{cells}<td>{seeds}</td></tr>')
-    caption = (
-        f"{text(compare.metric)}, mean ± half of the 95% interval over seeds; best mean in bold"
-    )
+    note = f"{text(compare.metric)}: mean ± half of the 95% interval; the best mean is bold."
     return (
-        f'<div class="scroll"><table><caption>{caption}</caption><thead><tr><th>labels</th>{head}'
+        f'<p class="note">{note}</p><div class="scroll"><table><thead><tr><th>labels</th>{head}'
         f"<th>seeds</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -137,14 +90,18 @@ def _estimate(mean: float, half: float | None, sign: bool = False) -> str:
 
 def finetuning(compare: Compare, anchor: str) -> str:
     """Loss (and score) while fine-tuning: two families of lines."""
-    panels = charts.finetuning_curves(compare, "loss") + charts.finetuning_curves(compare, "score")
-    if not panels:
+    grids = [
+        _grid(panels, "pair")
+        for panels in (charts.finetuning_curves(compare, key) for key in ("loss", "score"))
+        if panels
+    ]
+    if not grids:
         return ""
     lead = (
-        "The same model, the same labels, the same steps; only the start differs. Bold: the mean "
-        "over seeds. Thin: every seed."
+        "The same network and the same labels; only the start differs. Bold: the mean over seeds. "
+        "Thin: every seed."
     )
-    return section(anchor, "Fine-tuning, from two starts", lead, _grid(panels, "pair"))
+    return section(anchor, "Fine-tuning, from two starts", lead, "".join(grids))
 
 
 def _grid(panels: list[str], classes: str) -> str:
@@ -165,15 +122,16 @@ def training(run: Run, anchor: str) -> str:
 
 
 def _small_panels(run: Run) -> list[str]:
-    keys = dict.fromkeys(key for row in run.metrics for key, v in row.items() if finite(v))
-    keys = {key: None for key in ("lr", *keys) if key in keys and key not in ("step", "loss")}
-    names = {"lr": "learning rate", "grad_norm": "gradient norm"}
+    logged = dict.fromkeys(key for row in run.metrics for key, v in row.items() if finite(v))
+    keys = [key for key in logged if key not in ("step", "loss", "lr", "tokens")]
     panels = []
-    for key in keys:
+    for key in (["lr"] if "lr" in logged else []) + keys:
         curves = {"c6": run.curve(key), "c0": run.curve(key, "valid")}
         curves = {color: line for color, line in curves.items() if line[0]}
-        if curves:
-            panels.append(charts.small_curve(names.get(key, key.replace("_", " ")), curves))
+        moves = len({value for _, values in curves.values() for value in values}) > 1
+        if moves or key == "lr":
+            name = "learning rate" if key == "lr" else key.replace("_", " ")
+            panels.append(charts.small_curve(name, curves))
     return panels
 
 
@@ -182,7 +140,7 @@ def speed(run: Run, anchor: str) -> str:
     panels = []
     for key, name in (
         ("tokens_per_second", "tokens per second"),
-        ("data_wait", "waiting for data"),
+        ("data_wait", "share of time spent waiting for data"),
     ):
         rows = [row for row in run.speed if finite(row.get(key))]
         if rows:
@@ -191,9 +149,7 @@ def speed(run: Run, anchor: str) -> str:
     if not panels:
         return ""
     rates = [r["tokens_per_second"] for r in run.speed if finite(r.get("tokens_per_second"))]
-    lead = (
-        f"Half of the time faster than {compact(median(rates))} tokens per second." if rates else ""
-    )
+    lead = f"Median: {rounded(median(rates))} tokens per second." if rates else ""
     return section(anchor, "Speed", lead, _grid(panels, "small"))
 
 
@@ -250,7 +206,7 @@ def fills(run: Run, anchor: str) -> str:
 def _guesses(guesses: list[list[Any]]) -> str:
     rows = "".join(
         f'<li><span>{text(word)}</span><b><i style="width:{100 * chance:.1f}%"></i></b>'
-        f"<span>{100 * chance:.0f}%</span></li>"
+        f"<span>{f'{100 * chance:.0f}' if chance >= 0.005 else '&lt;1'}%</span></li>"
         for word, chance in guesses
     )
     return f'<ol class="bars">{rows}</ol>'
@@ -276,12 +232,7 @@ def facts(run: Run, anchor: str) -> str:
     found = run.values.get("facts", {})
     if not found:
         return ""
-    large = {
-        key.replace("_", " "): compact(found[key])
-        for key in HEADLINE_FACTS
-        if finite(found.get(key))
-    }
-    return section(anchor, "The data", "", tiles(large) + pairs(found))
+    return section(anchor, "The data", "", pairs(found))
 
 
 def configuration(run: Run, anchor: str) -> str:

@@ -7,35 +7,12 @@ whose it is (`c0`, `k3`); the style sheet gives both a colour in light and in da
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape as _escape
-from typing import Any
+from itertools import pairwise
+
+from selfsup.report.markup import compact, text
 
 CHARACTER = 6.9  # width of an average character of a 12.5-pixel label, in pixels
 LABEL_STEP = 16  # least distance between two labels at line ends, in pixels
-
-
-def text(value: Any) -> str:
-    """Text from a file, safe in HTML and in XML: escaped, without control characters."""
-    clean = "".join(
-        c if c in "\n\t" or (c >= " " and c not in "\x7f\ufffe\uffff") else "\ufffd"
-        for c in str(value)
-    )
-    return _escape(clean.encode("utf-8", "replace").decode())
-
-
-def compact(value: float) -> str:
-    """A number in the fewest characters that a tick needs.
-
-    >>> compact(20000), compact(1500000), compact(0.25), compact(1e-4), compact(3.0)
-    ('20k', '1.5M', '0.25', '1e-4', '3')
-    """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:.4g}{name}"
-    if value and abs(value) < 1e-3:
-        mantissa, _, power = f"{value:.2g}".partition("e")
-        return f"{mantissa}e{int(power)}" if power else mantissa
-    return f"{value:.4g}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers inside [low, high], about `count` of them.
 
     >>> ticks(0, 1), ticks(3, 97, 4)
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [20.0, 40.0, 60.0, 80.0])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [25.0, 50.0, 75.0])
     """
     rough = (high - low) / count
     power = 10 ** math.floor(math.log10(rough))
@@ -83,7 +60,7 @@ def spread(
     """Moves label positions apart to at least `step`, in their order, inside [low, high]."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     out = list(places)
-    for before, here in zip(order, order[1:], strict=False):
+    for before, here in pairwise(order):
         out[here] = max(out[here], out[before] + step)
     limit = high
     for here in reversed(order):
@@ -140,7 +117,7 @@ class Plot:
         self.x = Scale(*x, self.left, width - right, log_x)
         self.y = Scale(*y, self.bottom, 34)
         self.parts: list[str] = []
-        self._axes(ticks(*x, count=max(3, width // 110)) if x_ticks is None else x_ticks, y_ticks)
+        self._axes(ticks(*x, count=max(3, width // 180)) if x_ticks is None else x_ticks, y_ticks)
         self.label_at(width - right, height - 6, x_title, "title end")
         self.label_at(0, 15, y_title, "title")
 
@@ -150,10 +127,13 @@ class Plot:
             at = self.y(value)
             self._add("path", "grid", d=f"M{_px(self.left)} {_px(at)}H{edge}")
             self.label_at(self.left - 8, at + 4, compact(value), "tick end")
+        free = -math.inf  # where the last label ended; one that would touch it is left out
         for value in x_ticks:
-            at = self.x(value)
+            at, words = self.x(value), compact(value)
             self._add("path", "axis", d=f"M{_px(at)} {self.bottom}v5")
-            self.label_at(at, self.bottom + 20, compact(value), "tick mid")
+            if at - CHARACTER * len(words) / 2 > free + 5:
+                self.label_at(at, self.bottom + 20, words, "tick mid")
+                free = at + CHARACTER * len(words) / 2
         self._add("path", "axis", d=f"M{_px(self.left)} {self.bottom}H{edge}")
 
     @classmethod

@@ -1,0 +1,407 @@
+"""The verbs, as functions: what `import selfsup` gives and what the command line calls."""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfsup import config as configuration
+from selfsup import console, environment, registry, results
+from selfsup.config import RunConfig, run_config, run_values
+from selfsup.data.labels import LabelledText, read
+from selfsup.errors import CheckpointError, ConfigError, nearest
+from selfsup.evaluation import compare as comparison
+from selfsup.evaluation import showcase
+from selfsup.evaluation.adapt import adapt, answers, default_training
+from selfsup.evaluation.metrics import METRICS
+from selfsup.files import write_json, write_text
+from selfsup.model_folder import Model, build_encoder, build_objective, load_model, save_model
+from selfsup.objective import Objective, Task
+from selfsup.training.config import TrainingConfig
+from selfsup.training.device import autocast, pick_device, pick_dtype
+from selfsup.training.evaluate import evaluate as held_out_loss
+from selfsup.training.folder import RunFolder
+from selfsup.training.loop import train
+
+Columns = dict[str, str | None]
+
+
+def load(run: str | Path, device: str = "auto") -> Model:
+    """Loads a run's model: `.embed`, `.fill`, `.generate`, `.predict`, `.score`.
+
+    Args:
+        run: a run folder, or its `model/` folder.
+        device: auto, cpu or cuda.
+
+    Raises:
+        CheckpointError: there is no finished model, or it is damaged.
+    """
+    return load_model(run, device)
+
+
+def pretrain(
+    recipe: str | Path,
+    data: str | Path | Sequence[str],
+    out: str | Path,
+    settings: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> Path:
+    """Pre-trains an encoder on unlabeled data.
+
+    Args:
+        recipe: a named recipe, or a TOML file of your own.
+        data: a file, folder, glob or list of those, or a Hugging Face dataset name.
+        out: the run folder to make.
+        settings: changes to the recipe, {"training.steps": 2000}.
+        resume: go on from the newest checkpoint in `out`.
+
+    Returns:
+        the run folder.
+
+    Raises:
+        ConfigError, DataError, DivergedError, StorageError, Interrupted: see errors.py.
+    """
+    values = configuration.overridden(configuration.recipe_values(recipe), settings or {})
+    config = run_config(values)
+    folder = RunFolder(Path(out), resume)
+    try:
+        if resume:
+            _check_same(folder.path, config)
+        data_module = registry.module_of(registry.DATA, "data", config.data_name)
+        prepared = data_module.prepare(config.data, data)
+        objective = _build_method(config, prepared.spec)
+        _check_fields(config, objective, prepared.train.fields)
+        source = [str(d) for d in data] if isinstance(data, list | tuple) else str(data)
+        _write_run(
+            folder.path, run_values(config), config.training, objective, prepared.facts, source
+        )
+        _say_start(config, objective, prepared)
+        train(objective, prepared.train, prepared.valid, config.training, folder, "pre-training")
+        model_values = {
+            k: v for k, v in run_values(config).items() if k in ("data", "model", "method")
+        }
+        save_model(folder.path / "model", objective, model_values, prepared.preprocessor)
+        model = Model(objective, prepared.preprocessor, (), model_values, config.training.device)
+        for name, show in (("fills", showcase.fills), ("samples", showcase.samples)):
+            shown = show(model, prepared.valid)
+            if shown:
+                write_json(folder.path / f"{name}.json", shown)
+    finally:
+        folder.close()
+    return folder.path
+
+
+def _build_method(config: RunConfig, spec: Any) -> Objective:
+    seed = config.training.seed
+    encoder = build_encoder(config.model_name, config.model, spec, seed)
+    return build_objective("methods", config.method_name, config.method, encoder, spec, seed)
+
+
+def _check_same(path: Path, config: RunConfig) -> None:
+    """Resuming needs the same data section, model and method; training may be prolonged."""
+    if not (path / "run.toml").exists():
+        return  # stopped before the first line was written: there is nothing to differ from
+    before, now = configuration.read_toml(path / "run.toml"), run_values(config)
+    for section in ("data", "model", "method"):
+        for key in sorted(before[section].keys() | now[section].keys()):
+            old, new = before[section].get(key), now[section].get(key)
+            if old != new:
+                raise ConfigError(
+                    f"--resume: {path} was begun with {section}.{key} = {old!r}, now {new!r}; "
+                    "use the same recipe and settings, or another --out"
+                )
+
+
+def _check_fields(config: RunConfig, objective: Objective, given: Sequence[str]) -> None:
+    missing = [name for name in objective.fields if name not in given]
+    if missing:
+        hint = "; set data.rows = 'pairs'" if "segments" in missing else ""
+        raise ConfigError(
+            f"{config.method_name} reads {', '.join(missing)}, which this data does not give{hint}"
+        )
+
+
+def _say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
+    number = sum(p.numel() for p in objective.parameters())
+    console.say(
+        f"{config.method_name}, {config.model_name} of {number / 1e6:.1f}M parameters, "
+        f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicate documents"
+    )
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return shlex.join(["selfsup", *sys.argv[1:]]) if program == "selfsup" else "Python API"
+
+
+def _write_run(
+    path: Path,
+    sections: dict[str, Any],
+    training: TrainingConfig,
+    objective: Objective,
+    facts: dict[str, Any],
+    source: Any,
+) -> None:
+    device = pick_device(training.device)
+    dtype = str(pick_dtype(training.precision, device)).removeprefix("torch.")
+    number = sum(p.numel() for p in objective.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    values = {
+        **sections,
+        "command": {"line": _command(), "source": source},
+        "environment": {
+            **environment.versions(),
+            **environment.machine(),
+            "device": str(device),
+            "precision": dtype,
+        },
+        "facts": {**facts, "parameters": number, "trained_parameters": trained},
+    }
+    write_text(path / "run.toml", configuration.write_toml(values))
+
+
+def finetune(
+    run: str | Path,
+    task: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    valid: str | Path | None = None,
+    tuning: str = "full",
+    settings: dict[str, Any] | None = None,
+    columns: Columns | None = None,
+    max_length: int = 128,
+    resume: bool = False,
+) -> Path:
+    """Adapts a pre-trained run to a task with labels.
+
+    Args:
+        run: a pre-trained run folder.
+        task: classification, tagging or regression.
+        data: labelled training file.
+        out: the run folder to make.
+        valid: labelled validation file; its metric is followed while training.
+        tuning: full, or probe for a frozen encoder.
+        settings: {"training.lr": 1e-3, "task.dropout": 0.0}.
+        columns: names of the columns `text`, `text_b` and `label`, where they are not the usual.
+        max_length: longest row in tokens.
+        resume: go on from the newest checkpoint in `out`.
+
+    Returns:
+        the run folder; `load(out).predict(...)` uses it.
+    """
+    base = load_model(run)
+    columns = columns or {}
+    train_data = read(data, task, **columns)
+    valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
+    values = configuration.overridden({"task": {}, "training": {}}, settings or {})
+    for section in values:
+        if section not in ("task", "training"):
+            hint = nearest(section, ("task", "training"))
+            raise ConfigError(f"unknown section {section!r}{hint}")
+    module = registry.module_of(registry.TASKS, "task", task)
+    task_config = configuration.from_mapping(module.Config, values["task"], "task")
+    default = default_training(len(train_data), base.encoder.dim)
+    plain = {**configuration.to_mapping(default), "evaluations": 5 if valid else 0}
+    budgets = {"steps", "tokens", "minutes"} & values["training"].keys()
+    if budgets:
+        plain = {k: v for k, v in plain.items() if k != "steps"}
+    training = configuration.from_mapping(
+        TrainingConfig, {**plain, **values["training"]}, "training"
+    )
+    folder = RunFolder(Path(out), resume)
+    try:
+        sections = {
+            "data": base.values["data"],
+            "model": base.values["model"],
+            "task": {"name": task, **configuration.to_mapping(task_config)},
+            "labels": {"names": list(train_data.names)},
+        }
+        extra = {
+            "tuning": {"name": tuning, "base": str(run), "max_length": max_length},
+            "training": configuration.to_mapping(training),
+        }
+        facts = {"labelled_examples": len(train_data)}
+        _write_run(folder.path, {**sections, **extra}, training, base.objective, facts, str(data))
+        adapted = adapt(
+            base.encoder,
+            base.preprocessor.tokenizer,
+            task,
+            task_config,
+            train_data,
+            training,
+            tuning=tuning,
+            max_length=max_length,
+            valid=valid_data,
+            folder=folder,
+        )
+        save_model(folder.path / "model", adapted.task, sections, base.preprocessor)
+    finally:
+        folder.close()
+    return folder.path
+
+
+def evaluate(
+    run: str | Path, data: str | Path | None = None, columns: Columns | None = None
+) -> dict[str, float]:
+    """Scores a run on data it was not trained on.
+
+    Args:
+        run: a pre-trained run: held-out loss and perplexity; or a fine-tuned one: its metrics.
+        data: for a pre-trained run other unlabeled text, by default the part of its own corpus that
+            was held out; for a fine-tuned run a labelled file.
+        columns: as for `finetune`.
+
+    Returns:
+        metric names and values.
+    """
+    model = load_model(run)
+    if isinstance(model.objective, Task):
+        return _evaluate_task(model, data, columns or {})
+    values = configuration.read_toml(Path(run) / "run.toml")
+    config = run_config({k: values[k] for k in ("data", "model", "method", "training")})
+    data_module = registry.module_of(registry.DATA, "data", config.data_name)
+    source = data if data is not None else values["command"]["source"]
+    tokenizer = replace(config.data.tokenizer, file=str(_model_path(run)))
+    given = replace(config.data, tokenizer=tokenizer)
+    prepared = data_module.prepare(given, source)
+    held_out = prepared.valid if data is None else prepared.train
+    side = "valid" if data is None else "train"
+    everything = replace(config.training, valid_batches=10**9)
+    with torch.no_grad(), autocast(model.device, model.dtype):
+        scores = held_out_loss(model.objective, held_out, everything, model.device)
+    if config.method_name == "causal_language":
+        words, tokens = prepared.facts[side]["words"], prepared.facts[side]["tokens"]
+        scores["perplexity_per_token"] = math.exp(scores["loss"])
+        scores["perplexity_per_word"] = math.exp(scores["loss"] * tokens / words)
+    return scores
+
+
+def _model_path(run: str | Path) -> Path:
+    return Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
+
+
+def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> dict[str, float]:
+    if data is None:
+        raise ConfigError("a fine-tuned run is evaluated on a labelled file: give --data")
+    task = model.values["task"]["name"]
+    labelled = read(data, task, names=model.names or None, **columns)
+    held_out = LabelledText(labelled, model.preprocessor.tokenizer, 128)
+    truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
+    names = {
+        "classification": ("accuracy", "macro_f1", "matthews"),
+        "tagging": ("accuracy", "macro_f1"),
+        "regression": ("pearson", "spearman"),
+    }[task]
+    return {"examples": len(labelled), **{n: float(METRICS[n](truth, guess)) for n in names}}
+
+
+def compare(
+    run: str | Path,
+    task: str,
+    data: str | Path,
+    *,
+    valid: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Columns | None = None,
+    out: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures what the pre-training was worth; writes compare.json into the run folder.
+
+    Args:
+        run: a pre-trained run.
+        task: classification, tagging or regression.
+        data: labelled training file.
+        valid: labelled validation file that chooses learning rates; by default split off `data`.
+        test: labelled test file; by default split off `data`.
+        columns: as for `finetune`.
+        out: another place for the JSON file.
+        settings: fields of `evaluation.compare.Settings`: label_counts, seeds, lrs, steps, tuning.
+
+    Returns:
+        what the file holds.
+    """
+    model = load_model(run)
+    if isinstance(model.objective, Task):
+        raise CheckpointError(f"{run} is fine-tuned already; compare needs a pre-trained run")
+    labels = comparison.read_labels(task, data, valid, test, **(columns or {}))
+    counts = settings.pop("label_counts", None) or _default_counts(len(labels.train))
+    chosen = comparison.Settings(task=task, label_counts=tuple(counts), **settings)
+    result = comparison.compare(run, labels, chosen)
+    result["verdict"] = comparison.verdict(result)
+    result["command"] = _command()
+    path = Path(out) if out else Path(run) / "compare.json"
+    write_json(path, result)
+    spec = model.preprocessor.spec
+    name = model.values["model"]["name"]
+    untrained = build_encoder(name, model.encoder.config, spec, seed=0)  # type: ignore[arg-type]
+    shown = showcase.embedding_map(model, untrained, labels.test)
+    write_json(path.with_name(path.stem.replace("compare", "embeddings") + ".json"), shown)
+    return result
+
+
+def _default_counts(available: int) -> list[int]:
+    return [n for n in (50, 300, 2000) if n <= available] or [available]
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes one self-contained HTML page about one run or several.
+
+    Args:
+        runs: run folders.
+        out: the file; by default report.html in the (first) run folder.
+    """
+    from selfsup.report import write_report
+
+    paths = [Path(run) for run in runs]
+    for path in paths:
+        if not (path / "run.toml").is_file():
+            raise CheckpointError(f"{path}: no run.toml; is it a run folder?")
+    return write_report(paths, Path(out) if out else paths[0] / "report.html")
+
+
+def say_next(run: Path) -> None:
+    """The next steps to try, for people."""
+    console.say(f"next: selfsup report {run}")
+    console.say(f"      selfsup compare {run} --task classification --data LABELLED.csv")
+
+
+def record_pretraining(name: str, run: Path) -> None:
+    """Records the last held-out row of a pre-training run in docs/results."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speed = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["split"] == "valid"]
+    seed = configuration.read_toml(run / "run.toml")["training"]["seed"]
+    results.record(
+        name,
+        command=_command(),
+        seeds=[seed],
+        seconds=speed[-1]["seconds"],
+        scores={"first": held_out[0], "last": held_out[-1]},
+    )
+
+
+def record_comparison(name: str, result: dict[str, Any]) -> None:
+    """Records a comparison in docs/results."""
+    keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "verdict")
+    results.record(
+        name,
+        command=_command(),
+        seeds=result["seeds"],
+        seconds=result["seconds"],
+        scores=result["arms"],
+        **{key: result[key] for key in keys},
+    )
+
+
+def record_evaluation(name: str, run: str, scores: dict[str, float]) -> None:
+    """Records an evaluation in docs/results."""
+    seed = configuration.read_toml(Path(run) / "run.toml")["training"]["seed"]
+    results.record(name, command=_command(), seeds=[seed], seconds=0.0, scores=scores)

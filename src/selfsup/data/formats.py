@@ -1,0 +1,270 @@
+"""What is inside a text file of each format, as a stream of pieces.
+
+| extension | one document is                                                    |
+|-----------|--------------------------------------------------------------------|
+| .txt      | the file; `split` makes it a line, or what blank lines separate    |
+| .jsonl    | a line: an object with the text column, or a string                |
+| .json     | an element of the list, or of objects written one after another    |
+| .csv .tsv | a row; the first row names the columns                             |
+| .parquet  | a row                                                              |
+
+Each also with .gz, .xz or .zst behind it. Nothing is held whole in memory but one record; errors
+name the file, and the line where there is one.
+"""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from selfsup.errors import DataError, nearest
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".xz", ".zst")
+KNOWN = f"{' '.join(FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
+CHUNK = 1 << 16  # characters read at once
+Split = Literal["file", "line", "blank_line"]
+
+
+def format_of(path: Path) -> tuple[str, str]:
+    """(format, compression) by the extensions, "" where there is none."""
+    name = path.name.lower()
+    compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
+    name = name.removesuffix(compression)
+    return next((f for f in FORMATS if name.endswith(f)), ""), compression
+
+
+def fragments(path: Path, column: str, split: Split) -> Iterator[tuple[int, str]]:
+    """Pieces of the documents of one file: neighbours with the same place are one document.
+
+    Args:
+        path: a file with one of the known extensions.
+        column: where the text is, in formats that have columns.
+        split: what a document is in .txt files.
+
+    Yields:
+        (place, text): place is the line, row or element, from 1; 0 where the file is the document.
+
+    Raises:
+        DataError: the file is damaged, not UTF-8, or lacks the column.
+    """
+    kind = format_of(path)[0]
+    if kind == ".txt":
+        return _txt(path, split)
+    if kind == ".jsonl":
+        return _jsonl(path, column)
+    if kind == ".json":
+        return _json(path, column)
+    if kind == ".parquet":
+        return _parquet(path, column)
+    return _csv(path, column, "\t" if kind == ".tsv" else ",")
+
+
+def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
+    with _text(path) as stream:
+        if split == "file":
+            yield 0, ""  # an empty file is an empty document
+            while chunk := stream.read(CHUNK):
+                yield 0, chunk
+            return
+        line, paragraph = 1, 1
+        line_begins = paragraph_begins = True
+        while fragment := stream.readline(CHUNK):
+            text = fragment.removesuffix("\n")
+            if split == "line":
+                yield line, text
+            elif line_begins and len(fragment) < CHUNK and not text.strip():
+                paragraph, paragraph_begins = line + 1, True
+            else:
+                joint = "\n" if line_begins and not paragraph_begins else ""
+                yield paragraph, joint + text
+                paragraph_begins = False
+            line_begins = fragment.endswith("\n")
+            line += line_begins
+
+
+def _jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    with _text(path) as stream:
+        for line, text in enumerate(stream, start=1):
+            if text.isspace():
+                continue
+            try:
+                record = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}:{line}: not JSON ({error.msg} at column {error.colno}); "
+                    "every line must be one object"
+                ) from error
+            yield line, text_of(record, column, f"{path}:{line}")
+
+
+def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    """A list, or objects one after another, decoded element by element."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    with _text(path) as stream:
+        held, at, line, number = stream.read(CHUNK), 0, 1, 0
+        is_list = held.lstrip().startswith("[")
+        if is_list:
+            at = held.index("[") + 1
+        while True:
+            start = gap.match(held, at).end()  # type: ignore[union-attr]  # matches nothing too
+            if is_list and held.startswith("]", start):
+                return
+            try:
+                record, end = decoder.raw_decode(held, start)
+            except json.JSONDecodeError as error:
+                more = stream.read(max(CHUNK, len(held)))  # doubling: the work stays linear
+                if more:
+                    line += held.count("\n", 0, at)
+                    held, at = held[at:] + more, 0
+                    continue
+                if start == len(held) and not is_list:
+                    return
+                line += held.count("\n", 0, error.pos)
+                raise DataError(f"{path}:{line}: not JSON ({error.msg})") from error
+            number += 1
+            yield number, text_of(record, column, f"{path}: element {number}")
+            at = end
+
+
+def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
+    with _text(path, newline="") as stream:
+        # Strict: otherwise a forgotten quote swallows the rest of the file in silence.
+        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, None)
+            if header is None:
+                return
+            if column not in header:
+                raise DataError(f"{path}:1: no column {column!r}{nearest(column, header)}")
+            place, line = header.index(column), rows.line_num + 1
+            for row in rows:
+                if row:  # blank lines are no rows
+                    if len(row) != len(header):
+                        raise DataError(
+                            f"{path}:{line}: {len(row)} fields, but the first row names "
+                            f"{len(header)}; quote texts that hold {delimiter!r}"
+                        )
+                    yield line, row[place]
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{rows.line_num}: {error}; a text with quotes is written in quotes, with "
+                "each quote inside it doubled"
+            ) from error
+
+
+def _parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    with _clear(path), tempfile.TemporaryFile() as unpacked, _binary(path) as stream:
+        if format_of(path)[1]:  # Parquet is read from its end: it must lie on a disk
+            shutil.copyfileobj(stream, unpacked)
+            unpacked.seek(0)
+            stream = unpacked
+        try:
+            table = parquet.ParquetFile(stream)
+            names = table.schema_arrow.names
+            if column not in names:
+                raise DataError(f"{path}: no column {column!r}{nearest(column, names)}")
+            number = 0
+            for batch in table.iter_batches(batch_size=1000, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield number, text_of(value, column, f"{path}: row {number}")
+        except arrow.ArrowException as error:
+            raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def text_of(record: Any, column: str, where: str) -> str:
+    """The text of a record, or of a bare string; a null is an empty text."""
+    if isinstance(record, dict):
+        if column not in record:
+            raise DataError(f"{where}: no column {column!r}{nearest(column, record)}")
+        record = record[column]
+    if record is None:
+        return ""
+    if not isinstance(record, str):
+        raise DataError(f"{where}: the text is {type(record).__name__}, expected a string")
+    try:
+        record.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character
+        return record.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return record
+
+
+def _binary(path: Path) -> IO[bytes]:
+    compression = format_of(path)[1]
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if compression == ".xz":
+        return lzma.open(path, "rb")
+    if compression == ".zst":
+        import pyarrow as arrow  # it notices a truncated stream; zstandard's own reader does not
+
+        return arrow.input_stream(str(path), compression="zstd")
+    return open(path, "rb")
+
+
+@contextmanager
+def _text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+    """The file as UTF-8 text, a byte order mark left out."""
+    with (
+        _clear(path),
+        _binary(path) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as stream,
+    ):
+        yield stream
+
+
+@contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    """Turns what can go wrong inside a file into a `DataError` that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        offset, byte = _first_bad_byte(path)
+        raise DataError(
+            f"{path}: not UTF-8: byte {offset} is 0x{byte:02x}. Convert the file, for instance "
+            f"with: iconv -f {_likely_encoding(path)} -t utf-8 {path.name} > converted.txt"
+        ) from error
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        hint = "; the file is damaged or cut off, get it again" if format_of(path)[1] else ""
+        raise DataError(f"{path}: cannot be read ({reason}){hint}") from error
+
+
+def _first_bad_byte(path: Path) -> tuple[int, int]:
+    """(offset, value) of the byte at which the unpacked file stops being UTF-8."""
+    done, held, more = 0, b"", b"more"
+    with _binary(path) as stream:
+        while more:
+            more = stream.read(CHUNK)
+            held += more
+            try:
+                held.decode()
+            except UnicodeDecodeError as error:
+                # A character that the chunk cuts in two is no error yet.
+                if not more or error.end < len(held) or len(held) - error.start > 3:
+                    return done + error.start, held[error.start]
+                done, held = done + error.start, held[error.start :]
+            else:
+                done, held = done + len(held), b""
+    raise DataError(f"{path}: was changed while it was read; run it again")
+
+
+def _likely_encoding(path: Path) -> str:
+    with _binary(path) as stream:
+        return "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"

@@ -1,0 +1,313 @@
+"""Text: from files to rows of tokens that a model can learn from.
+
+A corpus becomes one long stream of tokens (`store.py`), and a row is a window of that stream, so
+nothing is padded and nothing is lost:
+
+    stream   the cat sat [SEP] [CLS] it rained [SEP] [CLS] then ...
+    row 0    [CLS] the cat sat [SEP] [CLS] it [SEP]
+    row 1    [CLS] rained [SEP] [CLS] then ... [SEP]
+
+With `rows = "pairs"` a row brings two spans of one document, B directly after A, for next-sentence
+and sentence-order prediction; the method swaps them.
+"""
+
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import tomli_w
+
+from selfsup import console, files
+from selfsup.batch import Batch, Vocabulary
+from selfsup.data.dataset import Prepared, pad_mask, pad_rows
+from selfsup.data.formats import Split
+from selfsup.data.reading import HubDataset, Source, documents, resolve
+from selfsup.data.rows import MIN_PAIR_TOKENS, PackedRows, PairRows
+from selfsup.data.store import (
+    StoreConfig,
+    build_or_open,
+    default_cache,
+    source_fingerprint,
+)
+from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
+from selfsup.errors import ConfigError, DataError
+
+WINDOW_BATCHES = 64  # so many batches of items are sorted by length together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How text becomes rows.
+
+    Attributes:
+        row_length: tokens in a row, special ones included.
+        rows: "packed" rows are windows of the stream; "pairs" are two spans of one document.
+        text_column: where the text is, in formats with columns.
+        split_documents: what a document is in .txt files.
+        valid_fraction: share of the documents that is held out.
+        drop_duplicates: leaves out documents whose text was read before.
+        across_documents: lets attention cross from one document of a packed row into the next.
+        tokenizer: which tokenizer is trained, or taken.
+    """
+
+    row_length: int = 128
+    rows: Literal["packed", "pairs"] = "packed"
+    text_column: str = "text"
+    split_documents: Split = "file"
+    valid_fraction: float = 0.05
+    drop_duplicates: bool = False
+    across_documents: bool = False
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.row_length < 8:
+            raise ConfigError(f"data.row_length must be at least 8, got {self.row_length}")
+        if not 0 < self.valid_fraction <= 0.5:
+            raise ConfigError(
+                f"data.valid_fraction must be above 0 and at most 0.5, got {self.valid_fraction}"
+            )
+
+
+def prepare(config: Config, source: Source, cache: Path | None = None) -> Prepared:
+    """Reads a corpus, trains or loads its tokenizer, and tokenizes it; cached for the next time.
+
+    Args:
+        config: see `Config`.
+        source: files, folders, globs, a dataset name, or a list of those.
+        cache: folder of tokenized corpora; $SELFSUP_CACHE or ~/.cache/selfsup when None.
+
+    Raises:
+        DataError: nothing is found, a file cannot be read, or the corpus is too small.
+        StorageError: the cache cannot be written.
+    """
+    cache = default_cache() if cache is None else Path(cache)
+    items = resolve(source)
+    tokenizer = _tokenizer(config, items, cache)
+    store_config = StoreConfig(
+        text_column=config.text_column,
+        split_documents=config.split_documents,
+        valid_fraction=config.valid_fraction,
+        drop_duplicates=config.drop_duplicates,
+    )
+    store = build_or_open(items, tokenizer, store_config, cache)
+    facts = {**store.meta, "files": len(items), "tokenizer": tokenizer.fingerprint}
+    vocabulary = replace(tokenizer.vocabulary, unigram_entropy=float(store.meta["unigram_entropy"]))
+    train, valid = (
+        _rows(config, stream, vocabulary, tokenizer.style, side, store.meta)
+        for side, stream in (("train", store.train), ("valid", store.valid))
+    )
+    for side, rows in (("train", train), ("valid", valid)):
+        facts[f"{side}_rows"] = len(rows)
+        if isinstance(rows, PairRows):
+            facts[f"{side}_documents_too_short_for_pairs"] = rows.num_skipped
+    preprocessor = TextPreprocessor(tokenizer, config.row_length)
+    return Prepared(train, valid, vocabulary, preprocessor, facts)
+
+
+def _tokenizer(config: Config, items: list[Path | HubDataset], cache: Path) -> Tokenizer:
+    """The given tokenizer, the one trained for this corpus before, or a new one."""
+    wanted = config.tokenizer
+    if wanted.file is not None:
+        return Tokenizer.load(wanted.file)
+    key = {"column": config.text_column, "split": config.split_documents, "kind": repr(wanted)}
+    folder = cache / f"tokenizer-{source_fingerprint(items, key)}"
+    if folder.exists():
+        try:
+            return Tokenizer.load(folder)
+        except DataError as error:
+            console.warn(f"{error}; it is trained again")
+    console.say(f"training a {wanted.kind} tokenizer")
+    tokenizer = Tokenizer.train(wanted, _sample(config, items))
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _sample(config: Config, items: list[Path | HubDataset]) -> Iterator[str]:
+    """Texts for training a tokenizer: from every file, in proportion to its size.
+
+    Reading only the first files would leave out a language that comes later in the alphabet.
+    """
+    sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
+    if not all(sizes):
+        sizes = [1] * len(items)
+    for item, size in zip(items, sizes, strict=True):
+        left = max(1, round(config.tokenizer.train_chars * size / sum(sizes)))
+        for document in documents(
+            item, text_column=config.text_column, split=config.split_documents
+        ):
+            yield document.text[:left]
+            left -= len(document.text)
+            if left <= 0:
+                break
+
+
+def _rows(
+    config: Config,
+    stream: np.ndarray,
+    vocabulary: Vocabulary,
+    style: str,
+    side: str,
+    meta: dict[str, Any],
+) -> PackedRows | PairRows:
+    counts = f"{meta['documents']} documents gave {len(stream)} {side} tokens"
+    more = "" if side == "train" else ", raise data.valid_fraction"
+    if config.rows == "pairs":
+        if style != "bert":
+            raise ConfigError('data.rows = "pairs" needs data.tokenizer.style = "bert"')
+        pairs = PairRows(stream, vocabulary, config.row_length)
+        if len(pairs) == 0:
+            raise DataError(
+                f"{counts}, but no document has {MIN_PAIR_TOKENS} tokens for a pair; join short "
+                f'documents (data.split_documents){more}, or use data.rows = "packed"'
+            )
+        return pairs
+    num_special = 2 if style == "bert" else 0
+    if len(stream) < config.row_length - num_special:
+        raise DataError(
+            f"{counts}, fewer than one row of {config.row_length}: lower data.row_length to at "
+            f"most {len(stream) + num_special}{more}, or give more text"
+        )
+    return PackedRows(
+        stream, vocabulary, config.row_length, style == "bert", config.across_documents
+    )
+
+
+Item = str | tuple[str, str] | list[str]
+
+
+@final
+class TextPreprocessor:
+    """A user's texts, pairs of texts or lists of words as batches for a trained model.
+
+    Args:
+        tokenizer: the tokenizer of the model.
+        max_length: longest row, special tokens included; what is longer is cut, with a warning.
+    """
+
+    FILE_NAME = "preprocessor.toml"
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int):
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    @property
+    def spec(self) -> Vocabulary:
+        """What a model must know of its input."""
+        return self.tokenizer.vocabulary
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and preprocessor.toml.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written.
+        """
+        self.tokenizer.save(folder)
+        files.write_text(
+            Path(folder) / self.FILE_NAME, tomli_w.dumps({"max_length": self.max_length})
+        )
+
+    @staticmethod
+    def load(folder: str | Path) -> "TextPreprocessor":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        path = Path(folder) / TextPreprocessor.FILE_NAME
+        try:
+            max_length = int(tomllib.loads(path.read_text(encoding="utf-8"))["max_length"])
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: not the preprocessor of a text model ({error})") from error
+        return TextPreprocessor(Tokenizer.load(folder), max_length)
+
+    def batches(self, items: Iterable[Item], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of items of similar length, so that little is padded.
+
+        Args:
+            items: all of one kind: strings, pairs of strings (tuples), or lists of words.
+            batch_size: most rows in a batch.
+
+        Yields:
+            (numbers of the items, batch): `tokens`; `mask` where a row is padded; `segments` for
+            pairs; `words` for lists of words. All (batch, longest) int64, the mask bool.
+
+        Raises:
+            DataError: an item is empty, or of another kind than the first one.
+        """
+        stream, done = iter(items), 0
+        kind: type | None = None
+        while window := list(islice(stream, batch_size * WINDOW_BATCHES)):
+            kind = kind or type(window[0])
+            for number, item in enumerate(window, start=done):
+                _check_item(item, number, kind)
+            rows = self._encode(window, kind, done)
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]["tokens"]))
+            for at in range(0, len(order), batch_size):
+                chosen = order[at : at + batch_size]
+                yield [done + i for i in chosen], self._batch([rows[i] for i in chosen])
+            done += len(window)
+
+    def _encode(self, items: list[Any], kind: type, first: int) -> list[dict[str, np.ndarray]]:
+        """The fields of each row, not padded."""
+        if kind is list:
+            encoded = self.tokenizer.encode_words(items)
+            rows = [self._word_row(ids, words) for ids, words in encoded]
+            lengths = [len(ids) for ids, _ in encoded]
+        elif kind is str:
+            texts = self._some(self.tokenizer.encode(items), first, 1)
+            rows = [{"tokens": self.tokenizer.row(a, max_length=self.max_length)[0]} for a in texts]
+            lengths = [len(a) for a in texts]
+        else:
+            texts = self._some(self.tokenizer.encode([t for pair in items for t in pair]), first, 2)
+            pairs = list(zip(texts[::2], texts[1::2], strict=True))
+            joined = [self.tokenizer.row(a, b, max_length=self.max_length) for a, b in pairs]
+            rows = [{"tokens": tokens, "segments": segments} for tokens, segments in joined]
+            lengths = [len(a) + len(b) for a, b in pairs]
+        num_special = (3 if kind is tuple else 2) if self.tokenizer.style == "bert" else 0
+        num_special += kind is tuple and self.tokenizer.style == "gpt"
+        num_cut = sum(length + num_special > self.max_length for length in lengths)
+        if num_cut:
+            console.warn(
+                f"{num_cut} of {len(items)} items were cut: the model reads at most "
+                f"{self.max_length} tokens"
+            )
+        return rows
+
+    @staticmethod
+    def _some(encoded: list[np.ndarray], first: int, texts_per_item: int) -> list[np.ndarray]:
+        for place, ids in enumerate(encoded):
+            if len(ids) == 0:
+                raise DataError(f"item {first + place // texts_per_item} is empty: it has no token")
+        return encoded
+
+    def _word_row(self, ids: np.ndarray, words: np.ndarray) -> dict[str, np.ndarray]:
+        """A row and the word numbers at its tokens; special tokens belong to no word."""
+        tokens, _ = self.tokenizer.row(ids, max_length=self.max_length)
+        before = 1 if self.tokenizer.style == "bert" else 0
+        numbers = np.full(len(tokens), -1, dtype=np.int32)
+        room = len(tokens) - 2 * before
+        numbers[before : before + room] = words[:room]
+        return {"tokens": tokens, "words": numbers}
+
+    def _batch(self, rows: list[dict[str, np.ndarray]]) -> Batch:
+        fill = {"tokens": self.tokenizer.vocabulary.pad, "segments": 0, "words": -1}
+        out = {name: pad_rows([row[name] for row in rows], fill[name]) for name in rows[0]}
+        return {**out, **pad_mask([row["tokens"] for row in rows])}
+
+
+def _check_item(item: Any, number: int, kind: type) -> None:
+    if kind not in (str, tuple, list) or type(item) is not kind:
+        raise DataError(
+            f"item {number} is {type(item).__name__}; expected strings, (string, string) tuples or "
+            "lists of words, all of one kind"
+        )
+    if kind is tuple and len(item) != 2:
+        raise DataError(f"item {number} has {len(item)} texts, expected a pair")
+    if kind is list and not item:
+        raise DataError(f"item {number} is empty: it has no word")
+
+
+load_preprocessor = TextPreprocessor.load

@@ -1,0 +1,43 @@
+"""What a run was computed on: versions and machine, for run.toml and for recorded results."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+PACKAGES = ("selfsup", "torch", "numpy", "tokenizers", "scikit-learn")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose version can change a number."""
+    found = {"python": platform.python_version()}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def processor() -> str:
+    """The processor's own name for itself."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and GPU."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "platform": platform.platform(terse=True),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name(0)
+    return facts

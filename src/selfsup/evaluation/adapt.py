@@ -1,0 +1,127 @@
+"""Adapting an encoder to a task: build the head, choose what trains, run the one loop, score."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfsup import registry
+from selfsup.data.labels import Labelled, LabelledText
+from selfsup.evaluation.metrics import METRICS
+from selfsup.model_folder import build_objective
+from selfsup.models.encoder import Encoder
+from selfsup.objective import Task
+from selfsup.training.config import TrainingConfig
+from selfsup.training.device import autocast, pick_dtype, to_device
+from selfsup.training.folder import RunFolder
+from selfsup.training.loop import train
+
+PASSES = 5  # over the labels, once there are many
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A trained task and how it got there.
+
+    Attributes:
+        task: the trained task, in eval mode.
+        rows: its rows of metrics.
+    """
+
+    task: Task
+    rows: list[dict[str, Any]]
+
+
+def default_training(num_labels: int, dim: int) -> TrainingConfig:
+    """A fine-tuning schedule by number of labelled examples and width of the encoder.
+
+    At least 300 steps of 16 examples, or five passes over the labels; the learning rate falls with
+    the width, 1e-3 at 128 (small encoders) to 5e-5 at 768 and above (BERT, section A.3).
+    """
+    steps = max(300, -(-PASSES * num_labels // 16))
+    lr = 1e-3 if dim <= 256 else 2e-4 if dim < 768 else 5e-5
+    return TrainingConfig(
+        steps=steps,
+        batch_size=16,
+        lr=lr,
+        warmup=0.1,
+        evaluations=0,
+        log_every=10,
+        betas=(0.9, 0.999),
+        checkpoint_every=1000,
+    )
+
+
+def adapt(
+    encoder: Encoder,
+    tokenizer: Any,
+    name: str,
+    config: Any,
+    train_data: Labelled,
+    training: TrainingConfig,
+    *,
+    tuning: str = "full",
+    max_length: int = 128,
+    valid: Labelled | None = None,
+    folder: RunFolder | None = None,
+    title: str = "fine-tuning",
+) -> Adapted:
+    """Trains a task on labelled data.
+
+    Args:
+        encoder: copied first, so the caller's weights stay as they are.
+        tokenizer: the encoder's own.
+        name: a task of `registry.TASKS`.
+        config: that task's `Config`.
+        train_data: labelled examples.
+        training: budget and optimizer; its seed also decides the head's initial weights.
+        tuning: a name of `registry.TUNINGS`: which parameters move.
+        max_length: longest row in tokens.
+        valid: held-out examples whose loss and metric are followed while training.
+        folder: where the run is kept.
+        title: what the progress line says.
+    """
+    encoder = copy.deepcopy(encoder)
+    task = build_objective("tasks", name, config, encoder, train_data.names, training.seed)
+    if name == "regression":
+        task.fit_labels(torch.tensor(train_data.labels))
+    registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
+    data = LabelledText(train_data, tokenizer, max_length)
+    held_out = LabelledText(valid, tokenizer, max_length) if valid else None
+    watch = (lambda: score(task, held_out)) if held_out else None
+    rows = train(task, data, held_out, training, folder, title, watch)
+    return Adapted(task, rows)
+
+
+@torch.inference_mode()
+def answers(task: Task, data: LabelledText, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and prediction of every example; for tagging of every word, -1 where it was cut off."""
+    device = next(task.parameters()).device
+    dtype = pick_dtype("auto", device)
+    order = np.argsort([len(row) for row in data.tokens], kind="stable")
+    truth: list[np.ndarray] = [np.empty(0)] * len(data)
+    guess: list[np.ndarray] = [np.empty(0)] * len(data)
+    was_training = task.training
+    task.eval()
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        batch = to_device(data.batch(numbers), device)
+        with autocast(device, dtype):
+            values = task.predict(batch).values.float().cpu().numpy()
+        for row, number in enumerate(numbers):
+            if data.task != "tagging":
+                truth[number], guess[number] = data.labels[number, None], values[row, None]
+                continue
+            truth[number] = data.word_labels[number]
+            seen = values[row][batch["words"][row].cpu().numpy() >= 0]
+            lost = len(truth[number]) - len(seen)
+            guess[number] = np.concatenate([seen, np.full(lost, -1.0)])
+    task.train(was_training)
+    return np.concatenate(truth), np.concatenate(guess)
+
+
+def score(task: Task, data: LabelledText, metric: str | None = None) -> float:
+    """The task's metric (or another one) over all examples."""
+    return float(METRICS[metric or task.metric](*answers(task, data)))

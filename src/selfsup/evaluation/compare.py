@@ -1,0 +1,323 @@
+"""What was the pre-training worth: pre-trained, the same network from scratch, and a classical one.
+
+Every arm sees the same labelled subsets, test part and number of steps. Learning rates are chosen
+for each arm and each number of labels on validation data, with the first seed; the test part is
+read once per trained model, after that choice.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selfsup import console, registry
+from selfsup.data.labels import Labelled, LabelledText, read, split, subset
+from selfsup.errors import ConfigError, DataError
+from selfsup.evaluation.adapt import adapt, default_training, score
+from selfsup.evaluation.baselines import fit_baseline
+from selfsup.evaluation.metrics import METRICS, interval
+from selfsup.model_folder import Model, build_encoder, load_model
+from selfsup.models.encoder import Encoder
+from selfsup.randomness import Order
+
+ARMS = ("pretrained", "scratch")
+MAX_VALID = 1000  # examples that choose a learning rate; more would only cost time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """The labelled data of a comparison.
+
+    Attributes:
+        train: the pool that labelled subsets are drawn from.
+        valid: chooses learning rates, and the baseline's settings.
+        test: scored once per trained model.
+    """
+
+    train: Labelled
+    valid: Labelled
+    test: Labelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a comparison is made.
+
+    Attributes:
+        task: a name of `registry.TASKS`.
+        label_counts: sizes of the labelled subsets.
+        seeds: each seed draws another subset, other initial weights and another order.
+        lrs: peak learning rates that both arms try.
+        steps: optimizer steps per run; None: `adapt.default_training`.
+        tuning: a name of `registry.TUNINGS`, for both arms.
+        max_length: longest row in tokens.
+        jobs: processes that train side by side, one thread each; 1: this process, all threads.
+    """
+
+    task: str
+    label_counts: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    steps: int | None = None
+    tuning: str = "full"
+    max_length: int = 128
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.label_counts or not self.seeds or not self.lrs:
+            raise ConfigError("compare needs at least one label count, one seed and one rate")
+        if list(self.label_counts) != sorted(set(self.label_counts)):
+            raise ConfigError(f"label counts must rise, got {list(self.label_counts)}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model of the comparison."""
+
+    arm: str
+    labels: int
+    seed: int
+    lr: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one cell gave: validation and test score, and its training curve."""
+
+    cell: Cell
+    valid: float
+    test: float
+    curve: dict[str, list[float]] = field(default_factory=dict)
+
+
+def read_labels(
+    task: str,
+    data: str | Path,
+    valid: str | Path | None = None,
+    test: str | Path | None = None,
+    **columns: Any,
+) -> Labels:
+    """Reads the labelled files; parts that are not given are split off by content, seed 0.
+
+    Raises:
+        DataError: a file cannot be read, or does not fit the task.
+    """
+    train = read(data, task, **columns)
+    if test is not None:
+        test_part = read(test, task, names=train.names or None, **columns)
+    else:
+        train, test_part = split(train, (0.75, 0.25), seed=0)
+    if valid is not None:
+        valid_part = read(valid, task, names=train.names or None, **columns)
+    else:
+        train, valid_part = split(train, (0.8, 0.2), seed=1)
+    keep = Order(len(valid_part), seed=0)[0 : min(MAX_VALID, len(valid_part))]
+    return Labels(train=train, valid=valid_part.take(sorted(keep.tolist())), test=test_part)
+
+
+def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, Any]:
+    """Trains all arms and gives what compare.json holds.
+
+    Args:
+        run: a pre-trained run.
+        labels: the labelled data.
+        settings: label counts, seeds, learning rates.
+
+    Raises:
+        DataError: fewer labelled examples than the largest count.
+    """
+    started = time.monotonic()
+    if max(settings.label_counts) > len(labels.train):
+        raise DataError(
+            f"{labels.train.source}: {len(labels.train)} labelled examples remain for training; "
+            f"--labels asks for {max(settings.label_counts)}"
+        )
+    first, *others = settings.seeds
+    sweep = [
+        Cell(arm, count, first, lr)
+        for count in settings.label_counts
+        for arm in ARMS
+        for lr in settings.lrs
+    ]
+    num_rest = len(ARMS) * len(settings.label_counts) * len(others)
+    with (
+        _workers(run, labels, settings) as workers,
+        console.progress("comparing", len(sweep) + num_rest) as bar,
+    ):
+        swept = _collect(workers, sweep, bar)
+        best = {key: _best(swept, *key) for key in {(r.cell.arm, r.cell.labels) for r in swept}}
+        rest = [
+            Cell(arm, count, seed, best[arm, count].cell.lr)
+            for count in settings.label_counts
+            for arm in ARMS
+            for seed in others
+        ]
+        results = [*best.values(), *_collect(workers, rest, bar)]
+    baseline, baseline_names = _baselines(labels, settings)
+    return {
+        "task": settings.task,
+        "metric": registry.resolve(registry.TASKS, "task", settings.task).metric,
+        "test_size": len(labels.test),
+        "label_counts": list(settings.label_counts),
+        "arms": {**{arm: _scores(results, arm, settings) for arm in ARMS}, "baseline": baseline},
+        "seconds": round(time.monotonic() - started, 1),
+        "seeds": list(settings.seeds),
+        "tuning": settings.tuning,
+        "baseline_names": baseline_names,
+        "learning_rates": {
+            arm: {str(n): best[arm, n].cell.lr for n in settings.label_counts} for arm in ARMS
+        },
+        "sweep": [{**vars(r.cell), "valid": r.valid} for r in swept],
+        "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place)],
+    }
+
+
+def verdict(comparison: dict[str, Any]) -> str:
+    """One plain sentence: the smallest number of labels, all arms, who wins."""
+    count = str(comparison["label_counts"][0])
+    mean = {arm: interval(scores[count]) for arm, scores in comparison["arms"].items()}
+    gain = mean["pretrained"][0] - mean["scratch"][0]
+    apart = mean["pretrained"][1] > mean["scratch"][2] or mean["scratch"][1] > mean["pretrained"][2]
+    sure = "" if apart else ", within the noise of the seeds"
+    return (
+        f"With {count} labelled examples: {mean['pretrained'][0]:.3f} pre-trained, "
+        f"{mean['scratch'][0]:.3f} from scratch ({gain:+.3f}{sure}), "
+        f"{mean['baseline'][0]:.3f} classical baseline ({comparison['metric']})."
+    )
+
+
+def _place(result: Result) -> tuple[str, int, int]:
+    return result.cell.arm, result.cell.labels, result.cell.seed
+
+
+def _best(results: Sequence[Result], arm: str, count: int) -> Result:
+    return max(
+        (r for r in results if (r.cell.arm, r.cell.labels) == (arm, count)), key=lambda r: r.valid
+    )
+
+
+def _scores(results: Sequence[Result], arm: str, settings: Settings) -> dict[str, list[float]]:
+    by_place = {_place(r): r.test for r in results}
+    return {
+        str(count): [round(by_place[arm, count, seed], 5) for seed in settings.seeds]
+        for count in settings.label_counts
+    }
+
+
+def _baselines(
+    labels: Labels, settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
+    scores: dict[str, list[float]] = {}
+    names: dict[str, list[str]] = {}
+    for count in settings.label_counts:
+        for seed in settings.seeds:
+            fitted = fit_baseline(subset(labels.train, count, seed), labels.valid)
+            guess, truth = fitted.predict(labels.test.items), labels.test.labels
+            if settings.task == "tagging":
+                guess, truth = list(chain(*guess)), list(chain(*truth))
+            scores.setdefault(str(count), []).append(
+                round(float(metric(np.asarray(truth), np.asarray(guess))), 5)
+            )
+            names.setdefault(str(count), []).append(fitted.name)
+    return scores, names
+
+
+class _Trainer:
+    """Trains one cell after another; one per process."""
+
+    def __init__(self, run: str | Path, labels: Labels, settings: Settings):
+        self.model: Model = load_model(run)
+        self.labels, self.settings = labels, settings
+        tokenizer, length = self.model.preprocessor.tokenizer, settings.max_length
+        self.valid = LabelledText(labels.valid, tokenizer, length)
+        self.test = LabelledText(labels.test, tokenizer, length)
+
+    def encoder(self, cell: Cell) -> Encoder:
+        """The run's encoder, or a fresh one of the same shape."""
+        if cell.arm == "pretrained":
+            return self.model.encoder
+        values = dict(self.model.values["model"])
+        name = values.pop("name")
+        return build_encoder(
+            name, self.model.encoder.config, self.model.preprocessor.spec, cell.seed
+        )
+
+    def __call__(self, cell: Cell) -> Result:
+        """Trains and scores one cell."""
+        settings = self.settings
+        training = default_training(cell.labels, self.model.encoder.dim)
+        training = replace(
+            training, seed=cell.seed, lr=cell.lr, steps=settings.steps or training.steps
+        )
+        module = registry.module_of(registry.TASKS, "task", settings.task)
+        adapted = adapt(
+            self.encoder(cell),
+            self.model.preprocessor.tokenizer,
+            settings.task,
+            module.Config(),
+            subset(self.labels.train, cell.labels, cell.seed),
+            training,
+            tuning=settings.tuning,
+            max_length=settings.max_length,
+        )
+        rows = [row for row in adapted.rows if row["split"] == "train"]
+        curve = {name: [row[name] for row in rows] for name in ("step", "loss")}
+        return Result(cell, score(adapted.task, self.valid), score(adapted.task, self.test), curve)
+
+
+class _workers:
+    """Runs cells in this process, or in `jobs` processes of one thread each."""
+
+    def __init__(self, run: str | Path, labels: Labels, settings: Settings):
+        self.arguments = run, labels, settings
+
+    def __enter__(self):
+        settings: Settings = self.arguments[2]
+        if settings.jobs == 1:
+            trainer = _Trainer(*self.arguments)
+            return lambda cells: map(_quietly(trainer), cells)
+        self.pool = ProcessPoolExecutor(
+            settings.jobs, get_context("spawn"), _start_worker, self.arguments
+        )
+        return lambda cells: self.pool.map(_train_in_worker, cells)
+
+    def __exit__(self, *_: object) -> None:
+        if self.arguments[2].jobs > 1:
+            self.pool.shutdown(cancel_futures=True)
+
+
+_worker: list[_Trainer] = []
+
+
+def _start_worker(*arguments: Any) -> None:
+    torch.set_num_threads(1)
+    _worker[:] = [_Trainer(*arguments)]
+
+
+def _train_in_worker(cell: Cell) -> Result:
+    return _quietly(_worker[0])(cell)
+
+
+def _quietly(trainer: _Trainer):
+    def run(cell: Cell) -> Result:
+        with console.quiet():
+            return trainer(cell)
+
+    return run
+
+
+def _collect(workers, cells: list[Cell], bar: console.Progress) -> list[Result]:
+    results = []
+    for result in workers(cells):
+        results.append(result)
+        cell = result.cell
+        bar.advance(1, f"{cell.arm}, {cell.labels} labels, seed {cell.seed}: {result.valid:.3f}")
+    return results

@@ -1,0 +1,235 @@
+"""Causal language modelling: each token is predicted from the ones before it, as in GPT.
+
+Radford, Narasimhan, Salimans and Sutskever, "Improving Language Understanding by Generative
+Pre-Training" (2018); Radford et al., "Language Models are Unsupervised Multitask Learners" (2019).
+A model that sees only the past gives a probability to every next token at once, so nothing is
+hidden or replaced, and every token but a text's first is learned from. The same probabilities write
+on (`generate`) and say how likely a text is (`score`).
+
+Axes: batch, time, next = time - 1 (every position that has another after it), items = batch * next,
+vocabulary.
+
+Deviations from the papers:
+- In a packed row the first token of a document is not predicted from the document before it, and
+  attention stays inside a document (GPT-2 reads across). The token that ends a document is a target.
+- Written text holds no special token but the one that ends it: padding and [CLS] are never targets,
+  so their probabilities mean nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from selfsup.batch import Batch, Vocabulary
+from selfsup.errors import ConfigError
+from selfsup.models.transformer import Cache, TransformerEncoder, VocabularyHead
+from selfsup.objective import Objective, Output
+
+MAX_LOGITS = 2**27  # held at once; 512 MiB in float32, as much again for their gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How hidden states become tokens. The default is GPT's."""
+
+    head: Literal["tied", "bert"] = "tied"
+    """tied: the token table alone; bert: dense, activation, norm, tied projection with bias."""
+
+
+class Targets(NamedTuple):
+    """What follows each position but the last."""
+
+    tokens: Int[Tensor, "batch next"]
+    real: Bool[Tensor, "batch next"]  # False: nothing follows inside the same document
+
+
+def next_tokens(batch: Batch) -> Targets:
+    """The next token of each position, and whether it is real and of the same document.
+
+    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
+    >>> next_tokens(row).real.tolist()
+    [[True, True, False]]
+    """
+    tokens = batch["tokens"]
+    real = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    if "mask" in batch:
+        real = batch["mask"][:, :-1] & batch["mask"][:, 1:]
+    if "documents" in batch:
+        real = real & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
+    return Targets(tokens[:, 1:], real)
+
+
+def surprisal(
+    logits: Float[Tensor, "items vocabulary"], target: Int[Tensor, " items"]
+) -> tuple[Float[Tensor, " items"], Bool[Tensor, " items"]]:
+    """-log p(target) in nats, float32, and whether the target was the likeliest token."""
+    nats = F.cross_entropy(logits.float(), target, reduction="none")
+    return nats, logits.detach().argmax(-1) == target
+
+
+def filtered(
+    logits: Float[Tensor, "batch vocabulary"], top_k: int, top_p: float
+) -> Float[Tensor, "batch vocabulary"]:
+    """Logits with -inf at unlikely tokens; the likeliest one always stays.
+
+    Args:
+        logits: any scale.
+        top_k: how many of the likeliest tokens stay (Fan et al. 2018, arXiv 1805.04833); 0: all.
+        top_p: then the smallest set of likeliest tokens that holds this share of the probability
+            stays (nucleus, Holtzman et al. 2019, arXiv 1904.09751); 1.0: all.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]  # (batch, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1.0:
+        share, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        before = share.cumsum(-1) - share  # of the tokens likelier than this one
+        unlikely = (before >= top_p).gather(1, order.argsort(-1))  # back in the vocabulary's order
+        logits = logits.masked_fill(unlikely, -torch.inf)
+    return logits
+
+
+@final
+class CausalLanguage(Objective):
+    """Predicts the next token; see the module's docstring.
+
+    Raises:
+        ConfigError: the encoder sees the tokens that are to be predicted.
+
+    >>> from selfsup.models.transformer import Config as Model
+    >>> vocabulary = Vocabulary(size=100, sep=0)
+    >>> encoder = TransformerEncoder(Model(dim=8, layers=1, heads=2, causal=True), vocabulary)
+    >>> method = CausalLanguage(Config(), encoder, vocabulary).eval()
+    >>> prompt = {"tokens": torch.tensor([[5, 7, 2]])}
+    >>> method.generate(prompt, 4, torch.Generator(), temperature=0).shape
+    torch.Size([1, 4])
+    """
+
+    kept = ("encoder", "head")
+    unwritten: Tensor  # (vocabulary,) bool: never generated
+
+    def __init__(self, config: Config, encoder: TransformerEncoder, vocabulary: Vocabulary):
+        super().__init__()
+        if not encoder.config.causal:
+            raise ConfigError(
+                "causal_language needs model.causal = true: a model that reads the next token has "
+                "nothing to predict"
+            )
+        self.config, self.encoder, self.vocabulary = config, encoder, vocabulary
+        self.head = VocabularyHead(encoder, transform=config.head == "bert")
+        if vocabulary.unigram_entropy:
+            self.chance_loss = vocabulary.unigram_entropy
+        unwritten = torch.zeros(vocabulary.size, dtype=torch.bool)
+        unwritten[[i for i in vocabulary.special if i != vocabulary.sep]] = True
+        self.register_buffer("unwritten", unwritten, persistent=False)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Output:
+        """Encodes, predicts, compares; nothing is random but the encoder's dropout."""
+        target, real = next_tokens(batch)
+        nats, hit = self._surprisals(batch, target)
+        total = real.sum()
+        loss = torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
+        accuracy = (hit & real).sum() / total.clamp(min=1)
+        return Output(loss, total, {"accuracy": accuracy})
+
+    def _surprisals(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """`surprisal` at every position but the last, each (batch, next).
+
+        The projection runs over as many positions as `MAX_LOGITS` allows; where that takes several
+        chunks, their logits are computed again on the way back instead of being kept.
+        """
+        hidden = self.encoder(batch).last[:, :-1].flatten(0, 1)  # (items, dim)
+
+        def predict(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            return surprisal(self.head(hidden, self.encoder.embedding), target)
+
+        size = max(1, MAX_LOGITS // self.vocabulary.size)
+        if len(hidden) <= size:
+            nats, hit = predict(hidden, target.flatten())
+        else:
+            pairs = zip(hidden.split(size), target.flatten().split(size), strict=True)
+            chunks = [checkpoint(predict, *pair, use_reentrant=False) for pair in pairs]
+            nats, hit = (torch.cat(part) for part in zip(*chunks, strict=True))
+        return nats.view(target.shape), hit.view(target.shape)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, Tensor]:
+        """How likely each token is after the ones before it in its document.
+
+        Returns:
+            `log_probability` (batch, time) float32, in nats, 0 where there is none; `scored`
+            (batch, time) bool, False at padding and at the first token of a document. The
+            perplexity per word is exp(-sum of log_probability / number of words).
+        """
+        target, real = next_tokens(batch)
+        nats, _ = self._surprisals(batch, target)
+        return {
+            "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
+            "scored": F.pad(real, (1, 0), value=False),
+        }
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        num_tokens: int,
+        generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Int[Tensor, "batch num_tokens"]:
+        """Writes each row on by up to `num_tokens` tokens.
+
+        Args:
+            batch: prompts of at least one token, padded on either side with `mask` where their
+                lengths differ.
+            num_tokens: how many ids to write; a row that ends earlier is padded.
+            generator: source of randomness, on the device of the batch.
+            temperature: logits are divided by it; 0 always takes the likeliest token.
+            top_k: draw from this many likeliest tokens; 0: from all.
+            top_p: draw from the likeliest tokens that hold this share of the probability.
+
+        Raises:
+            ConfigError: an option out of range.
+            DataError: more tokens than the model has learned positions, or packed rows.
+        """
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ConfigError(
+                "generation needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+            )
+        end, pad = self.vocabulary.sep, self.vocabulary.pad
+        rows = len(batch["tokens"])
+        device = batch["tokens"].device
+        written = torch.full((rows, num_tokens), end if pad < 0 else pad, device=device)
+        going = torch.ones(rows, dtype=torch.bool, device=device)  # (batch,)
+        cache = Cache()
+        for place in range(num_tokens):
+            logits = self._last_logits(batch, cache)
+            if temperature == 0:
+                token = logits.argmax(-1)  # (batch,)
+            else:
+                share = filtered(logits / temperature, top_k, top_p).softmax(-1)
+                token = torch.multinomial(share, 1, generator=generator).squeeze(1)
+            written[:, place] = torch.where(going, token, written[:, place])
+            going = going & (token != end)
+            if not going.any():
+                break
+            # an ended row reads padding from here on: it is masked, and its draws are thrown away
+            batch = {"tokens": written[:, place : place + 1], "mask": going.unsqueeze(1)}
+        return written
+
+    def _last_logits(self, batch: Batch, cache: Cache) -> Float[Tensor, "batch vocabulary"]:
+        """Logits (float32) after the last real token of each row; -inf where never written."""
+        features = self.encoder(batch, cache)
+        slot = torch.arange(features.mask.shape[1], device=features.mask.device)
+        last = torch.where(features.mask, slot, 0).amax(1)  # (batch,)
+        hidden = features.last[torch.arange(len(last), device=last.device), last]  # (batch, dim)
+        logits = self.head(hidden, self.encoder.embedding).float()
+        return logits.masked_fill(self.unwritten, -torch.inf)

@@ -1,0 +1,319 @@
+"""A run's `model/` folder: what a user keeps, and the `Model` that loading it gives.
+
+model/config.toml        format, encoder, method or task, label names; names from the tables only
+model/model.safetensors  the weights of the modules in `kept`
+model/tokenizer.json     or another preprocessor's file
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+
+from selfsup import registry
+from selfsup.batch import Batch
+from selfsup.config import from_mapping, read_toml, write_toml
+from selfsup.errors import CheckpointError, ConfigError, DataError
+from selfsup.files import whole_folder
+from selfsup.models.encoder import Encoder, masked_mean
+from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
+from selfsup.randomness import isolated, seed_layers, torch_generator
+from selfsup.training.checkpoint import load_tensors, load_weights, save_tensors
+from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
+
+FORMAT = 1
+
+
+class Blank(NamedTuple):
+    """Candidates for one [MASK], likeliest first, with probabilities."""
+
+    candidates: list[tuple[str, float]]
+
+
+class Prediction(NamedTuple):
+    """What a task says about one item.
+
+    Attributes:
+        value: a class name, a number, or for tagging one tag name per word.
+        probability: of `value` (per word for tagging); None for regression.
+    """
+
+    value: Any
+    probability: Any
+
+
+def build_encoder(name: str, config: Any, spec: Any, seed: int) -> Encoder:
+    """A fresh encoder whose weights depend on the seed alone."""
+    with isolated():
+        seed_layers(seed, "encoder")
+        return registry.resolve(registry.MODELS, "model", name)(config, spec)
+
+
+def build_objective(table: str, name: str, config: Any, encoder: Encoder, extra: Any, seed: int):
+    """A fresh method or task around an encoder; `extra` is the spec or the label names."""
+    with isolated():
+        seed_layers(seed, "objective")
+        return registry.resolve(registry.TABLES[table], table[:-1], name)(config, encoder, extra)
+
+
+def kept_weights(objective: Objective) -> dict[str, torch.Tensor]:
+    """The part of the state that goes to `model/`."""
+    prefixes = tuple(f"{name}." for name in objective.kept)
+    return {k: v for k, v in objective.state_dict().items() if k.startswith(prefixes)}
+
+
+def save_model(path: Path, objective: Objective, values: dict[str, Any], preprocessor: Any) -> None:
+    """Writes the folder whole.
+
+    Args:
+        path: the `model/` folder.
+        objective: a trained method or task.
+        values: sections `data` (its name), `model` and `method` or `task`, and for a task `labels`.
+        preprocessor: what a user's items go through.
+    """
+    with whole_folder(path) as aside:
+        (aside / "config.toml").write_text(write_toml({"format": FORMAT, **values}))
+        save_tensors(aside / "model.safetensors", kept_weights(objective))
+        preprocessor.save(aside)
+
+
+def load_model(run: str | Path, device: str = "auto") -> "Model":
+    """Loads a run's folder, or its `model/` folder.
+
+    Raises:
+        CheckpointError: there is no finished model, or it is damaged.
+    """
+    run = Path(run)
+    path = run / "model" if (run / "model").is_dir() else run
+    if not (path / "config.toml").is_file():
+        unfinished = (run / "checkpoints").is_dir()
+        hint = "the run is not finished: go on with --resume" if unfinished else "no run is there"
+        raise CheckpointError(f"{run}: holds no model; {hint}")
+    values = read_toml(path / "config.toml")
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / 'config.toml'}: format {values.get('format')}, this version reads {FORMAT}"
+        )
+    try:
+        data_name, model = values["data"]["name"], dict(values["model"])
+        kind = "methods" if "method" in values else "tasks"
+        section = dict(values[kind[:-1]])
+        data_module = registry.module_of(registry.DATA, "data", data_name)
+        model_name, objective_name = model.pop("name"), section.pop("name")
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path / 'config.toml'}: section or key {error} is missing"
+        ) from None
+    preprocessor = data_module.load_preprocessor(path)
+    model_module = registry.module_of(registry.MODELS, "model", model_name)
+    config = from_mapping(model_module.Config, model, "model")
+    encoder = build_encoder(model_name, config, preprocessor.spec, seed=0)
+    names = tuple(values.get("labels", {}).get("names", ()))
+    module = registry.module_of(registry.TABLES[kind], kind[:-1], objective_name)
+    objective = build_objective(
+        kind,
+        objective_name,
+        from_mapping(module.Config, section, kind[:-1]),
+        encoder,
+        preprocessor.spec if kind == "methods" else names,
+        seed=0,
+    )
+    weights = load_tensors(path / "model.safetensors")
+    others = {k: v for k, v in objective.state_dict().items() if k not in kept_weights(objective)}
+    load_weights(objective, {**others, **weights}, str(path / "model.safetensors"))
+    return Model(objective, preprocessor, names, values, device)
+
+
+@final
+class Model:
+    """A trained encoder with the verbs that its method or task gives.
+
+    Attributes:
+        objective: the method or task.
+        preprocessor: turns items into batches.
+        names: label names of a task.
+        values: what config.toml says.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        preprocessor: Any,
+        names: tuple[str, ...],
+        values: dict[str, Any],
+        device: str = "auto",
+    ):
+        self.device = pick_device(device)
+        self.dtype = pick_dtype("auto", self.device)
+        self.objective, self.preprocessor = objective.to(self.device).eval(), preprocessor
+        self.names, self.values = names, values
+
+    @property
+    def encoder(self) -> Encoder:
+        """The trained encoder."""
+        return self.objective.encoder
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with torch.inference_mode(), autocast(self.device, self.dtype):
+            yield
+
+    def embed(
+        self, items: Sequence[Any], batch_size: int = 64, layer: int | None = None
+    ) -> np.ndarray:
+        """One vector per item: the mean over its real positions.
+
+        Args:
+            items: texts, or (text, text) pairs.
+            batch_size: items per forward pass.
+            layer: 0 is the embedding, -1 the last layer; None: the encoder's own pooled vector.
+
+        Returns:
+            (items, dim) float32.
+
+        Raises:
+            DataError: an item is empty; its number is named.
+        """
+        out = np.empty((len(items), self.encoder.dim), dtype=np.float32)
+        for numbers, batch in self._batches(items, batch_size):
+            with self._inference():
+                features = self.encoder(batch)
+            pooled = (
+                features.pooled
+                if layer is None
+                else masked_mean(features.hidden[layer], features.mask)
+            )
+            out[numbers] = pooled.float().cpu().numpy()
+        return out
+
+    def fill(self, text: str, top: int = 5) -> list[Blank]:
+        """The likeliest words for every [MASK] in `text`.
+
+        Raises:
+            ConfigError: the run's method does not fill blanks.
+            DataError: there is no [MASK] in the text.
+        """
+        if not isinstance(self.objective, FillsBlanks):
+            raise ConfigError(f"{self._kind()} cannot fill blanks; use a masked_language run")
+        tokenizer = self.preprocessor.tokenizer
+        ((_, batch),) = self._batches([text], 1)
+        with self._inference():
+            log_probabilities = self.objective.fill(batch)  # (blank, vocabulary)
+        if not len(log_probabilities):
+            mask = tokenizer.token(tokenizer.vocabulary.mask)
+            raise DataError(f"no blank in {text!r}: write {mask} where a word is missing")
+        best = log_probabilities.exp().topk(top, dim=-1)
+        return [
+            Blank([(tokenizer.token(i), p) for i, p in zip(ids, values, strict=True)])
+            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def generate(
+        self,
+        prompt: str = "",
+        num_tokens: int = 100,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Writes on from `prompt`.
+
+        Args:
+            prompt: the beginning; empty: the model begins a document.
+            num_tokens: at most so many tokens are added.
+            temperature: 0 takes the likeliest token each time.
+            top_k: draw from the k likeliest tokens only; 0: all.
+            top_p: draw from the smallest set of tokens with this total probability.
+            seed: another seed, another text.
+
+        Raises:
+            ConfigError: the run's method does not generate.
+        """
+        if not isinstance(self.objective, Generates):
+            raise ConfigError(f"{self._kind()} cannot generate; use a causal_language run")
+        tokenizer = self.preprocessor.tokenizer
+        ids = tokenizer.encode([prompt])[0] if prompt else np.zeros(0, dtype=np.int64)
+        # a document begins after the end of another
+        ids = np.concatenate([[tokenizer.vocabulary.sep], ids]).astype(np.int64)
+        batch = to_device({"tokens": torch.from_numpy(ids).unsqueeze(0)}, self.device)
+        generator = torch_generator(seed, "generate", device=self.device)
+        with self._inference():
+            new = self.objective.generate(
+                batch, num_tokens, generator, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+        out = new[0].tolist()
+        if tokenizer.vocabulary.sep in out:
+            out = out[: out.index(tokenizer.vocabulary.sep)]
+        return tokenizer.decode([*ids[1:].tolist(), *out])
+
+    def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
+        """What the task says about each item.
+
+        Args:
+            items: texts or pairs; for tagging lists of words, or texts that are split at spaces.
+            batch_size: items per forward pass.
+
+        Raises:
+            ConfigError: the run was not fine-tuned for a task.
+        """
+        if not isinstance(self.objective, Task):
+            raise ConfigError(
+                f"{self._kind()} has no labels to predict; run `selfsup finetune` first"
+            )
+        tagging = self.values["task"]["name"] == "tagging"
+        if tagging:
+            items = [item.split() if isinstance(item, str) else list(item) for item in items]
+        out: list[Prediction | None] = [None] * len(items)
+        for numbers, batch in self._batches(items, batch_size):
+            with self._inference():
+                values, scores = self.objective.predict(batch)
+            for row, number in enumerate(numbers):
+                if tagging:
+                    starts = batch["words"][row] >= 0
+                    out[number] = self._tags(
+                        values[row][starts], scores[row][starts], items[number]
+                    )
+                elif self.names:
+                    value = int(values[row])
+                    out[number] = Prediction(self.names[value], float(scores[row, value]))
+                else:
+                    out[number] = Prediction(float(values[row]), None)
+        return out  # type: ignore[return-value]
+
+    def _tags(self, values: torch.Tensor, scores: torch.Tensor, words: list[str]) -> Prediction:
+        tags = [self.names[i] for i in values.tolist()]
+        probabilities = scores.gather(1, values.unsqueeze(1)).squeeze(1).tolist()
+        lost = len(words) - len(tags)  # beyond the longest row
+        return Prediction(tags + [self.names[0]] * lost, probabilities + [0.0] * lost)
+
+    def score(self, items: Sequence[str], batch_size: int = 16) -> list[float]:
+        """Log-probability (nats) of each text, summed over its tokens.
+
+        Raises:
+            ConfigError: the run's method gives no probabilities.
+        """
+        if not isinstance(self.objective, Scores):
+            raise ConfigError(
+                f"{self._kind()} gives texts no probability; use a causal_language run"
+            )
+        out = [0.0] * len(items)
+        for numbers, batch in self._batches(items, batch_size):
+            with self._inference():
+                scored = self.objective.score(batch)
+            sums = (scored["log_probability"] * scored["scored"]).sum(1)
+            for number, value in zip(numbers, sums.tolist(), strict=True):
+                out[number] = value
+        return out
+
+    def _batches(self, items: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
+        for numbers, batch in self.preprocessor.batches(items, size):
+            yield numbers, to_device(batch, self.device)
+
+    def _kind(self) -> str:
+        section = self.values.get("method") or self.values["task"]
+        return f"a {section['name']} model"

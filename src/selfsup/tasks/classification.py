@@ -1,0 +1,98 @@
+"""One class for a whole example: sentiment, topic, entailment of a pair.
+
+A linear layer on one vector per example, as BERT is fine-tuned (Devlin et al. 2018, arXiv
+1810.04805, section 4.1). A pair of texts is one row with `segments`; it needs no head of its own.
+
+Axes: batch; time: tokens of a row; dim: width of the encoder; classes: as many as `names`.
+
+Deviation: the vector is by default the mean over real positions, which also suits encoders that
+were never taught to put anything into [CLS].
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from selfsup.batch import Batch
+from selfsup.models.encoder import Encoder, masked_mean
+from selfsup.objective import Output, Predictions, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How an example becomes one vector."""
+
+    dropout: float = 0.1
+    """Dropout before the head."""
+    pooling: Literal["encoder", "mean", "cls"] = "mean"
+    """The encoder's own `pooled`, the mean over real positions, or the first position."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+
+def classification_loss(
+    logits: Float[Tensor, "batch classes"], label: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean cross entropy (nats) and accuracy, in float32."""
+    loss = F.cross_entropy(logits.float(), label)
+    return loss, (logits.detach().argmax(-1) == label).float().mean()
+
+
+@final
+class Classification(Task):
+    """A linear classifier on an encoder.
+
+    Args:
+        config: pooling and dropout.
+        encoder: gives one vector per example.
+        names: the classes, in the order of their numbers.
+    """
+
+    fields = ("label",)
+    kept = ("encoder", "head")
+    metric = "accuracy"
+
+    def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...]):
+        super().__init__()
+        self.config, self.encoder, self.names = config, encoder, names
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(encoder.dim, len(names))
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in every module, but an encoder that is wholly frozen stays without dropout."""
+        super().train(mode)
+        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        return self
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Output:
+        """Cross entropy of `label` (batch,) int64; `generator` is not used."""
+        loss, accuracy = classification_loss(self._logits(batch), batch["label"])
+        return Output(loss, len(batch["label"]), {"accuracy": accuracy})
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Predictions:
+        """Class numbers (batch,) and probabilities (batch, classes), without dropout."""
+        training = self.training
+        self.eval()
+        scores = self._logits(batch).softmax(-1)
+        self.train(training)
+        return Predictions(scores.argmax(-1), scores)
+
+    def _logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+        features = self.encoder(batch)
+        match self.config.pooling:
+            case "encoder":
+                vector = features.pooled
+            case "mean":
+                vector = masked_mean(features.last, features.mask)
+            case "cls":
+                vector = features.last[:, 0]
+        return self.head(self.dropout(vector)).float()

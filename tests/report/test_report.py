@@ -1,0 +1,257 @@
+"""The report: a page that says who won, holds all it shows, and loads nothing."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selfsup.errors import CheckpointError, ConfigError
+from selfsup.report import write_figure, write_report
+from selfsup.report.charts import smoothed
+from selfsup.report.evidence import difference, interval, t95, verdict
+from selfsup.report.runs import read_compare, read_run
+from selfsup.report.svg import spread, ticks
+
+EVIL = "<script>alert('x')</script> & \x00 http://example.org"
+TOML = """
+[data]
+name = "text"
+[data.tokenizer]
+size = 4096
+[method]
+name = "masked_language"
+[facts]
+documents = 20412
+unigram_entropy = 6.6
+[environment]
+python = "3.11.9"
+[command]
+line = "selfsup pretrain bert-minutes --data tales.txt --out runs/first"
+"""
+ARMS = {
+    "pretrained": {"50": [0.71, 0.72, 0.73], "300": [0.81, 0.82, 0.80]},
+    "scratch": {"50": [0.58, 0.59, 0.60], "300": [0.74, 0.75, 0.73]},
+    "baseline": {"50": [0.65, 0.66, 0.67], "300": [0.78, 0.77, 0.79]},
+}
+
+
+def write_compare(folder: Path, arms=ARMS, **more) -> Path:
+    curves = [
+        {"arm": arm, "labels": count, "seed": seed, "step": [0, 10, 20], "loss": [1.1, 0.6, end]}
+        for arm, end in (("pretrained", 0.2), ("scratch", 0.5))
+        for count in (50, 300)
+        for seed in (0, 1)
+    ]
+    values = {"task": "classification", "metric": "accuracy", "unit": "sentences", "arms": arms}
+    values |= {"curves": curves, "seeds": [0, 1, 2], "sweep": [{"arm": "scratch", "lr": 0.001}]}
+    path = folder / "compare.json"
+    path.write_text(json.dumps(values | more))
+    return path
+
+
+def write_run(folder: Path, full: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "run.toml").write_text(TOML)
+    if not full:
+        return folder
+    rows = [{"step": s, "split": "train", "loss": 9 - s / 20, "lr": 1e-3 * s} for s in range(90)]
+    rows += [{"step": s, "split": "valid", "loss": 9.1 - s / 20} for s in (30, 60, 89)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    speed = [{"step": s, "seconds": s, "tokens_per_second": 4e4 + s} for s in range(5)]
+    (folder / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in speed))
+    write_compare(folder)
+    fills = [{"text": f"{EVIL} [MASK]", "blanks": [[["<b>", 0.5], ["cat", 0.2]]]}]
+    (folder / "fills.json").write_text(json.dumps(fills))
+    (folder / "samples.json").write_text(json.dumps([{"prompt": EVIL, "text": EVIL}]))
+    points = [[0.0, 1.0], [2.0, 1.5], [1.0, 0.2]]
+    embeddings = {"points": points, "untrained_points": points[::-1], "labels": ["A", EVIL, "B"]}
+    embeddings |= {"texts": [EVIL, "b", "c"], "projection": "PCA", "title": EVIL}
+    (folder / "embeddings.json").write_text(json.dumps(embeddings))
+    (folder / "warnings.json").write_text(json.dumps([EVIL]))
+    return folder
+
+
+@pytest.fixture
+def page(tmp_path) -> str:
+    run = write_run(tmp_path / "first")
+    return write_report([run], tmp_path / "report.html").read_text()
+
+
+def words(html: str) -> str:
+    return re.sub(r"<[^>]+>", "", html)
+
+
+def test_page_opens_with_the_verdict(page):
+    top = words(page[page.index("<h1") : page.index("</h1>")])
+    assert top == (
+        "With 50 labelled sentences: 0.72 pre-trained, 0.59 from scratch (+0.13), "
+        "0.66 classical baseline"
+    )
+    assert page.index('class="warnings"') < page.index("<h1")
+
+
+def test_everything_from_files_is_escaped(page):
+    assert "<script" not in page
+    assert "\x00" not in page
+    assert page.count("&lt;script&gt;") >= 6  # blanks, samples, warnings, labels, title, tooltips
+
+
+def test_page_loads_nothing(page):
+    assert not re.search(r"(src|srcset|href)=\"(?!#|data:,)", page)
+    assert not re.search(r"url\(|@import|<(link rel=\"style|script|img|iframe|object)", page)
+    assert "http" not in re.sub(r"http://example\.org|http-equiv", "", page)
+
+
+def test_figures_are_well_formed_and_every_class_has_a_style(page):
+    figures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert len(figures) >= 12
+    used = {
+        name
+        for figure in figures
+        for element in ElementTree.fromstring(figure).iter()
+        for name in element.get("class", "").split()
+    }
+    assert {"c0", "c1", "c2", "k0", "band", "dot"} <= used
+    assert [name for name in sorted(used) if f".{name}" not in style and name != "tick"] == []
+    assert "nan" not in "".join(figures).lower()
+    assert not re.search(r'(fill|stroke)="', "".join(figures))  # colours come from the style alone
+
+
+def test_colors_exist_in_light_and_in_dark(page):
+    style = page[page.index("<style>") : page.index("</style>")]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    dark = dark[: dark.index("}\n}")]
+    declared = set(re.findall(r"(--[\w-]+):\s*#", light))
+    assert declared == set(re.findall(r"(--[\w-]+):\s*#", dark))
+    assert set(re.findall(r"var\((--[\w-]+)\)", style)) - {"--c"} <= declared
+
+
+def test_every_key_of_the_run_is_shown(page):
+    for shown in ("tokenizer.size", "4096", "20,412", "3.11.9", "bert-minutes", "sweep"):
+        assert shown in page
+
+
+def test_missing_parts_are_named_with_their_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs" / "bare", full=False)
+    html = write_report([Path("runs/bare")], tmp_path / "out.html").read_text()
+    for file in ("metrics.jsonl", "speed.jsonl", "compare.json", "fills.json", "embeddings.json"):
+        assert f"({file})" in html
+    assert "selfsup compare runs/bare --task" in html
+    assert "samples.json" not in html  # a masked model does not write
+    assert "no measurement yet" in html
+
+
+def test_a_full_run_misses_nothing(page):
+    assert "Not in this report" not in page
+
+
+def test_same_runs_give_the_same_bytes(tmp_path):
+    run = write_run(tmp_path / "first")
+    one = write_report([run], tmp_path / "one.html").read_bytes()
+    assert write_report([run], tmp_path / "two.html").read_bytes() == one
+
+
+def test_several_runs_are_laid_over_each_other(tmp_path):
+    runs = [write_run(tmp_path / "first"), write_run(tmp_path / "other", full=False)]
+    html = write_report(runs, tmp_path / "out.html").read_text()
+    assert "<h1>2 runs</h1>" in html
+    assert html.count("<article") == 2
+    assert 'aria-label="Losses of the runs"' in html
+    anchors = re.findall(r' id="([^"]+)"', html)
+    assert len(anchors) == len(set(anchors))
+
+
+@pytest.mark.parametrize(
+    ("arm", "start"),
+    [("baseline", "The classical baseline wins"), ("scratch", "Training from scratch wins")],
+)
+def test_a_loss_of_pretraining_is_said_as_plainly(tmp_path, arm, start):
+    arms = ARMS | {arm: {"50": [0.90, 0.91, 0.92]}}
+    found = verdict(read_compare(write_compare(tmp_path, arms)), 50)
+    assert found.headline.startswith(f"{start} with 50 labelled sentences: 0.91, against 0.72 pre")
+    assert (found.winner, found.clear) == (arm, True)
+
+
+def test_a_lead_inside_the_noise_is_not_a_win(tmp_path):
+    arms = {"pretrained": {"50": [0.60, 0.80, 0.70]}, "scratch": {"50": [0.75, 0.60, 0.70]}}
+    found = verdict(read_compare(write_compare(tmp_path, arms)), 50)
+    assert not found.clear
+    assert "within the noise" in found.conclusion
+    one_seed = {"pretrained": {"50": [0.8]}, "scratch": {"50": [0.6]}}
+    found = verdict(read_compare(write_compare(tmp_path, one_seed)), 50)
+    assert "too few seeds" in found.conclusion
+
+
+def test_smaller_wins_where_the_metric_is_an_error(tmp_path):
+    compare = read_compare(write_compare(tmp_path, metric="mean_squared_error"))
+    assert verdict(compare, 50).winner == "scratch"
+
+
+def test_intervals_agree_with_scipy():
+    for df in (1, 2, 5, 9, 10, 11, 30, 200):
+        assert t95(df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-4)
+    one, two = [0.71, 0.74, 0.70, 0.77], [0.66, 0.70, 0.69, 0.68]
+    paired = stats.ttest_rel(one, two).confidence_interval()
+    gap, half = difference(one, two)
+    assert (gap - half, gap + half) == pytest.approx(tuple(paired), abs=1e-4)
+    assert interval(one)[0] == pytest.approx(np.mean(one))
+
+
+def test_smoothing_does_not_lag():
+    line = list(np.linspace(3.0, 1.0, 601))
+    assert smoothed(line)[50:-50] == pytest.approx(line[50:-50])
+    assert smoothed([2.0, 1.0]) == [2.0, 1.0]
+
+
+def test_labels_are_moved_apart_but_stay_inside():
+    places = spread([10.0, 11.0, 12.0, 99.0], 0, 100, step=16)
+    assert np.all(np.diff(places) >= 16)
+    assert max(places) <= 100
+    assert spread([5.0, 50.0], 0, 100) == [5.0, 50.0]
+
+
+def test_ticks_stay_inside_and_are_even():
+    for low, high in ((0.5817, 0.7512), (-3, 2900), (1e-5, 3e-5)):
+        found = ticks(low, high)
+        assert 3 <= len(found) <= 9
+        assert low <= found[0] < found[-1] <= high
+        assert np.ptp(np.diff(found)) < 1e-9
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="at least one run"):
+        write_report([], tmp_path / "out.html")
+    with pytest.raises(CheckpointError, match=r"nowhere/run\.toml"):
+        write_report([tmp_path / "nowhere"], tmp_path / "out.html")
+    run = write_run(tmp_path / "first")
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"step": 91, "lo')
+    assert read_run(run).warnings[-1].startswith("metrics.jsonl: its last line is cut off")
+    metrics.write_text('{"step": 91, "lo\n' + whole)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1"):
+        read_run(run)
+    metrics.write_text(whole)
+    write_compare(run, {"scratch": {"50": [0.5, float("nan")]}})
+    with pytest.raises(CheckpointError, match=r"arms\.scratch\.50"):
+        read_run(run)
+
+
+def test_picture_for_the_readme(tmp_path):
+    compare = write_compare(tmp_path)
+    one = write_figure(compare, tmp_path / "one.png").read_bytes()
+    assert one.startswith(b"\x89PNG")
+    assert write_figure(compare, tmp_path / "two.png").read_bytes() == one
+
+
+def test_the_report_does_not_import_torch():
+    code = "import sys, selfsup.report; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
