@@ -10,10 +10,18 @@ import pyarrow as arrow
 import pytest
 import zstandard
 from pyarrow import parquet
+
 from selfsup.data.reading import PART_CHARS, Document, HubDataset, documents, resolve
 from selfsup.errors import DataError
 
-TEXTS = ["plain words", 'with "quotes", commas\tand tabs', "two\nlines", "", "我喜欢学习 🎉", "last"]
+TEXTS = [
+    "plain words",
+    'with "quotes", commas\tand tabs',
+    "two\nlines",
+    "",
+    "我喜欢学习 🎉",
+    "last",
+]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 
@@ -155,7 +163,11 @@ BAD = {
     "UTF-16": ("a.txt", "word".encode("utf-16"), "byte 0 is 0xff.*iconv -f utf-16"),
     "not UTF-8 inside gz": ("a.jsonl.gz", gzip.compress(b'"\xff"'), "byte 1 is 0xff"),
     "missing column": ("a.csv", b"id,texts\n1,x\n", r"a\.csv:1: no column 'text'.*'texts'"),
-    "missing key": ("a.jsonl", b'{"text":"a"}\n{"test":1}', r"a\.jsonl:2: no column 'text'.*'test'"),
+    "missing key": (
+        "a.jsonl",
+        b'{"text":"a"}\n{"test":1}',
+        r"a\.jsonl:2: no column 'text'.*'test'",
+    ),
     "bad JSON line": ("a.jsonl", b'{"text":"a"}\n\n{"text":', r"a\.jsonl:3: not JSON \(.*column"),
     "not a string": ("a.jsonl", b'{"text": 5}', r"a\.jsonl:1: the text is int, expected a string"),
     "not an object": ("a.jsonl", b"[1]", r"a\.jsonl:1: the text is list"),
@@ -163,8 +175,16 @@ BAD = {
     "open JSON list": ("a.json", b'[{"text":"a"},\n', r"a\.json:2: not JSON"),
     "short row": ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv:3: 1 fields, but the first row names 2"),
     "open quote": ("a.tsv", b'id\ttext\n1\t"x\n2\ty\n', r"a\.tsv:3: .*quotes"),
-    "truncated gz": ("a.txt.gz", gzip.compress(b"word " * 999)[:-9], r"a\.txt\.gz: cannot.*cut off"),
-    "truncated xz": ("a.txt.xz", lzma.compress(b"word " * 999)[:-9], r"a\.txt\.xz: cannot.*cut off"),
+    "truncated gz": (
+        "a.txt.gz",
+        gzip.compress(b"word " * 999)[:-9],
+        r"a\.txt\.gz: cannot.*cut off",
+    ),
+    "truncated xz": (
+        "a.txt.xz",
+        lzma.compress(b"word " * 999)[:-9],
+        r"a\.txt\.xz: cannot.*cut off",
+    ),
     "truncated zst": ("a.txt.zst", zstandard.compress(b"word " * 999)[:-3], "cannot.*cut off"),
     "not gz": ("a.txt.gz", b"words", "cannot be read"),
     "not xz": ("a.txt.xz", b"words", "cannot be read"),
@@ -216,7 +236,9 @@ def test_names_of_hub_datasets():
 
 def test_hub_dataset_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"needs the package `datasets`: pip install 'selfsup\[hub\]'"):
+    with pytest.raises(
+        DataError, match=r"needs the package `datasets`: pip install 'selfsup\[hub\]'"
+    ):
         list(documents("hf:owner/name"))
 
 

@@ -6,11 +6,29 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from selfsup.data.store import StoreConfig, build_or_open, default_cache, num_words
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import DataError, StorageError
 
-WORDS = "the a cat dog sat ran on in mat house big small and then it was".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "in",
+    "mat",
+    "house",
+    "big",
+    "small",
+    "and",
+    "then",
+    "it",
+    "was",
+]
 MANY = {
     style: Tokenizer.train(
         TokenizerConfig(kind=kind, style=style, vocab_size=300), [" ".join(WORDS)] * 3
@@ -102,7 +120,11 @@ def test_duplicates_are_dropped_when_asked(tmp_path):
     for style in MANY:
         a = build(tmp_path / "once.jsonl", tmp_path / "c", style, valid_fraction=0.3)
         b = build(
-            tmp_path / "thrice.jsonl", tmp_path / "c", style, valid_fraction=0.3, drop_duplicates=True
+            tmp_path / "thrice.jsonl",
+            tmp_path / "c",
+            style,
+            valid_fraction=0.3,
+            drop_duplicates=True,
         )
         assert np.array_equal(a.train, b.train)
         assert np.array_equal(a.valid, b.valid)

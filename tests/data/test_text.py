@@ -4,13 +4,31 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from selfsup.config import from_mapping, to_mapping
 from selfsup.data.store import StoreConfig, build_or_open
 from selfsup.data.text import Config, PackedRows, PairRows, TextPreprocessor, prepare
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 
-WORDS = "the a cat dog sat ran on in mat house big small and then it was".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "in",
+    "mat",
+    "house",
+    "big",
+    "small",
+    "and",
+    "then",
+    "it",
+    "was",
+]
 BERT = Tokenizer.train(TokenizerConfig(vocab_size=300), [" ".join(WORDS)] * 3)
 GPT = Tokenizer.train(TokenizerConfig(kind="byte", style="gpt"), [])
 SMALL = {"vocab_size": 300}
@@ -63,7 +81,9 @@ def test_documents_of_a_row(style, path, tmp_path):
     stream = stream_of(path, tokenizer, tmp_path)
     rows = PackedRows(stream, vocabulary, 64, style == "bert")
     batch = rows.batch(np.arange(len(rows)))
-    for tokens, documents in zip(batch["tokens"].tolist(), batch["documents"].tolist(), strict=True):
+    for tokens, documents in zip(
+        batch["tokens"].tolist(), batch["documents"].tolist(), strict=True
+    ):
         expected, number = [], 0
         for place, token in enumerate(tokens):
             if style == "bert":
@@ -118,7 +138,7 @@ def test_pairs_are_neighbours_in_one_document(row_length, path, tmp_path):
         a, b = ids[1:middle], ids[middle + 1 : -1]
         assert ids == [vocabulary.cls, *a, vocabulary.sep, *b, vocabulary.sep]
         assert sides == [0] * (len(a) + 2) + [1] * (len(b) + 1)
-        assert 1 <= min(len(a), len(b))
+        assert min(len(a), len(b)) >= 1
         assert max(len(a), len(b)) <= (row_length - 3) // 2
         joined = " ".join(map(str, a + b))
         assert any(f" {joined} " in f" {document} " for document in documents)

@@ -1,7 +1,10 @@
+import json
+import random
 from functools import cache
 
 import numpy as np
 import pytest
+
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError, StorageError
 
@@ -225,6 +228,25 @@ def test_saving_below_a_file_is_a_storage_error(tmp_path):
 def test_training_needs_text(kind):
     with pytest.raises(DataError, match="without text"):
         Tokenizer.train(TokenizerConfig(kind=kind), iter(["", ""]))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "character"])
+def test_the_same_text_gives_the_same_tokenizer(kind):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghéж", k=rng.randint(2, 6))) for _ in range(300)]
+    texts = [" ".join(rng.choices(words, k=40)) + " 学习" for _ in range(20)]
+    config = TokenizerConfig(kind=kind, vocab_size=300)
+    prints = {Tokenizer.train(config, texts).fingerprint for _ in range(4)}
+    assert len(prints) == 1
+
+
+def test_wordpiece_keeps_to_its_size_and_to_frequent_characters():
+    rare = "".join(chr(0x4E00 + i) for i in range(500))
+    tokenizer = Tokenizer.train(TokenizerConfig(vocab_size=100), ["dog cat " * 50, rare])
+    assert tokenizer.vocabulary.size == 100
+    assert tokenizer.id("dog") > 4
+    assert tokenizer.id("##o") in tokenizer.vocabulary.continues
+    assert '"##' not in json.dumps(json.loads(tokenizer.to_json())["added_tokens"])
 
 
 def test_training_stops_at_the_limit():

@@ -10,12 +10,14 @@
 
 Training and encoding run in the Rust library `tokenizers`; this file fixes the pipelines, the
 special tokens and what the rest of selfsup may ask. Any text can be encoded: `bpe` and `byte` know
-every byte, the other kinds fall back to their unknown token.
+every byte, the other kinds fall back to their unknown token. The same text gives the same
+tokenizer, save for `unigram`: the library's trainer adds up in an order that changes.
 """
 
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,14 +111,17 @@ class Tokenizer:
         Raises:
             DataError: there is no text.
         """
-        wrapped, trainer = _pipeline(config)
-        counted = _Counted(texts, config.train_chars)
-        if trainer is None:
-            return Tokenizer(wrapped.to_str())
-        wrapped.train_from_iterator(counted, trainer)
-        if counted.characters == 0:
+        if config.kind == "byte":
+            return Tokenizer(_byte_level(config).to_str())
+        sample = list(_beginning(texts, config.train_chars))
+        if not any(sample):
             raise DataError("a tokenizer cannot be trained on a corpus without text; add documents")
-        return Tokenizer(wrapped.to_str())
+        wrapped, trainer = _pipeline(config, sample)
+        wrapped.train_from_iterator(sample, trainer)
+        description = json.loads(wrapped.to_str())
+        special = set(_special_tokens(config))
+        added = [entry for entry in description["added_tokens"] if entry["content"] in special]
+        return Tokenizer(json.dumps({**description, "added_tokens": added}, ensure_ascii=False))
 
     @staticmethod
     def load(folder_or_file: str | Path) -> "Tokenizer":
@@ -312,18 +317,13 @@ class Tokenizer:
         return tuple(sorted(i for i, piece in pieces if not piece.startswith(start)))
 
 
-class _Counted:
-    """The beginning of a corpus: texts until `limit` characters are reached."""
-
-    def __init__(self, texts: Iterable[str], limit: int):
-        self.texts, self.limit, self.characters = texts, limit, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            yield text[: self.limit - self.characters]
-            self.characters = min(self.limit, self.characters + len(text))
-            if self.characters == self.limit:
-                return
+def _beginning(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until `limit` characters are reached; the last one is cut there."""
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
 
 
 def _truncated(
@@ -336,28 +336,35 @@ def _truncated(
     return a[:of_a], b[: max(0, room - len(a[:of_a]))]
 
 
-def _pipeline(config: TokenizerConfig) -> tuple[library.Tokenizer, Any]:
-    """An untrained tokenizer and its trainer; no trainer where there is nothing to learn."""
-    bert = config.style == "bert"
-    unknown = "[UNK]" if bert else "<unk>"
-    specials = list(BERT_SPECIALS) if bert else [END]
-    if not bert and config.kind in ("wordpiece", "unigram", "character"):
-        specials.append(unknown)
+def _special_tokens(config: TokenizerConfig) -> list[str]:
+    """The special tokens in the order of their ids."""
+    if config.style == "bert":
+        return list(BERT_SPECIALS)
+    return [END] if config.kind in ("bpe", "byte") else [END, "<unk>"]
+
+
+def _pipeline(config: TokenizerConfig, sample: list[str]) -> tuple[library.Tokenizer, Any]:
+    """An untrained tokenizer and its trainer."""
+    specials = _special_tokens(config)
+    unknown = "[UNK]" if config.style == "bert" else "<unk>"
     common: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "special_tokens": specials,
         "show_progress": False,
     }
+    lower = [normalizers.Lowercase()] if config.lowercase else []
     if config.kind == "wordpiece":
         wrapped = library.Tokenizer(models.WordPiece(unk_token=unknown))
         wrapped.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
         wrapped.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         wrapped.decoder = decoders.WordPiece()
-        # Rare characters become [UNK] rather than crowd the pieces out.
+        # Three quarters at most: rare characters become unknown rather than crowd the pieces out.
+        room = max(16, config.vocab_size * 3 // 4)
+        letters, inner = _alphabet(sample, wrapped, room)
+        common["special_tokens"] = specials + inner
         return wrapped, trainers.WordPieceTrainer(
-            limit_alphabet=max(16, config.vocab_size * 3 // 4), **common
+            initial_alphabet=letters, limit_alphabet=len(letters), **common
         )
-    lower = [normalizers.Lowercase()] if config.lowercase else []
     if config.kind == "unigram":
         wrapped = library.Tokenizer(models.Unigram())
         wrapped.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])
@@ -370,17 +377,46 @@ def _pipeline(config: TokenizerConfig) -> tuple[library.Tokenizer, Any]:
         wrapped.pre_tokenizer = pre_tokenizers.Split(library.Regex(r"[\s\S]"), "isolated")
         wrapped.decoder = decoders.Fuse()
         return wrapped, trainers.WordLevelTrainer(**common)
-    wrapped = library.Tokenizer(models.BPE())
-    if config.kind == "byte":
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        ids = {piece: i for i, piece in enumerate([*specials, *alphabet])}
-        wrapped = library.Tokenizer(models.BPE(vocab=ids, merges=[]))
-        wrapped.add_special_tokens(specials)
-    wrapped.normalizer = normalizers.Sequence(lower)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return _byte_level(config), trainers.BpeTrainer(initial_alphabet=alphabet, **common)
+
+
+def _byte_level(config: TokenizerConfig) -> library.Tokenizer:
+    """GPT-2's pipeline with the 256 bytes and no merges yet."""
+    specials = _special_tokens(config)
+    pieces = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    wrapped = library.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    wrapped.add_special_tokens(specials)
+    wrapped.normalizer = normalizers.Sequence([normalizers.Lowercase()] if config.lowercase else [])
     wrapped.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     wrapped.decoder = decoders.ByteLevel()
-    if config.kind == "byte":
-        return wrapped, None
-    return wrapped, trainers.BpeTrainer(
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common
-    )
+    return wrapped
+
+
+def _alphabet(
+    sample: list[str], wrapped: library.Tokenizer, room: int
+) -> tuple[list[str], list[str]]:
+    """The most frequent characters, and "##" before those that occur inside words.
+
+    The trainer would find both itself, but number "##" pieces in the order of a hash map, which
+    changes from run to run, and break ties between merges by those numbers. Given to it in a fixed
+    order (the second list in the guise of special tokens), the same text gives the same file.
+    """
+    raw: Counter[str] = Counter()
+    for text in sample:
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for char, count in raw.items():
+        for letter in "".join(wrapped.normalizer.normalize_str(char).split()):
+            counts[letter] += count
+    letters: list[str] = []
+    inner: list[str] = []
+    for letter in sorted(counts, key=lambda one: (-counts[one], one)):
+        word = wrapped.normalizer.normalize_str(f"a{letter}")
+        goes_on = len(wrapped.pre_tokenizer.pre_tokenize_str(word)) == 1
+        room -= 2 if goes_on else 1
+        if room < 0:
+            break
+        letters.append(letter)
+        inner += [f"##{letter}"] if goes_on else []
+    return letters, inner

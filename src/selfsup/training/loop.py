@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,8 +91,12 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved if there is a folder.
         StorageError: no space for metrics or a checkpoint; older checkpoints are intact.
     """
-    with isolated(), guard.Signals() as signals, console.progress(title, 1.0) as bar:
-        run = _Run(objective, data, valid, config, folder, score)
+    with (
+        isolated(),
+        guard.Signals() as signals,
+        console.progress(title, 1.0) as bar,
+        closing(_Run(objective, data, valid, config, folder, score)) as run,
+    ):
         position = run.position
         if position.step == 0:
             run.evaluate()
@@ -388,10 +393,15 @@ class _Run:
             self.save()
         if self.best:
             self.objective.load_state_dict(self.best)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
         self.objective.eval()
         return self.metrics.rows
+
+    def close(self) -> None:
+        """Lets the files go, however the run ended."""
+        self.metrics.close()
+        self.speed.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def _generator(self, purpose: str, *numbers: int) -> torch.Generator:
         return torch_generator(self.config.seed, purpose, *numbers, device=self.device)

@@ -11,7 +11,7 @@ vocabulary.
 
 Deviations from the papers:
 - In a packed row the first token of a document is not predicted from the document before it, and
-  attention stays inside a document (GPT-2 reads across). The token that ends a document is a target.
+  attention stays inside a document (GPT-2 reads across). The token that ends one is a target.
 - Written text holds no special token but the one that ends it: padding and [CLS] are never targets,
   so their probabilities mean nothing.
 """
