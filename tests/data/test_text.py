@@ -11,24 +11,7 @@ from selfsup.data.text import Config, PackedRows, PairRows, TextPreprocessor, pr
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "in",
-    "mat",
-    "house",
-    "big",
-    "small",
-    "and",
-    "then",
-    "it",
-    "was",
-]
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "in", "mat", "big", "it", "was"]
 BERT = Tokenizer.train(TokenizerConfig(vocab_size=300), [" ".join(WORDS)] * 3)
 GPT = Tokenizer.train(TokenizerConfig(kind="byte", style="gpt"), [])
 SMALL = {"vocab_size": 300}
@@ -219,7 +202,7 @@ def preprocessor():
 
 
 def test_preprocessor_sorts_pads_and_numbers(preprocessor):
-    items = ["the cat sat on the mat", "a dog", "the big house", "it was"]
+    items = ["the cat sat on the mat", "a dog", "the big mat", "it was"]
     batches = list(preprocessor.batches(iter(items), 2))
     assert [numbers for numbers, _ in batches] == [[1, 3], [2, 0]]
     assert set(batches[0][1]) == {"tokens"}

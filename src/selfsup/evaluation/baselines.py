@@ -6,10 +6,10 @@
 | regression     | the same features, ridge regression                                             |
 | tagging        | each word's most frequent tag, or logistic regression over hashed word features |
 
-For pairs of texts the features are both TF-IDF vectors, their absolute difference, their product and
-its sum, the cosine. Every choice (features, regularisation, kind of tagger) is made on the validation
-data; the model is then fitted on the training data alone, as the neural ones are. There is no
-randomness. A pre-trained model that does not beat these was not worth its training.
+For pairs of texts the features are both TF-IDF vectors, their absolute difference, their product
+and its sum, the cosine. Every choice (features, regularisation, kind of tagger) is made on the
+validation data; the model is fitted on the training data alone, as the neural ones are. There is
+no randomness. A pre-trained model that does not beat these was not worth its training.
 """
 
 import itertools
@@ -24,6 +24,7 @@ from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
+from threadpoolctl import threadpool_limits
 
 from selfsup.data.labels import Labelled
 from selfsup.evaluation.metrics import METRICS
@@ -79,7 +80,9 @@ def fit_baseline(train: Labelled, valid: Labelled) -> Baseline:
     for kind, features in _featurisers(train):
         known, new = features(train.items), features(valid.items)
         for setting, model in _models(train.task):
-            model.fit(known, known_labels)
+            # Sparse solvers take many short steps: BLAS threads would mostly wait for each other.
+            with threadpool_limits(1):
+                model.fit(known, known_labels)
             score = metric(valid_labels, model.predict(new).tolist())
             if score > best.score:  # of equals the first, which is the simplest
                 best = Baseline(
@@ -131,12 +134,13 @@ def _featurisers(train: Labelled) -> Iterator[tuple[str, Featuriser]]:
     """Functions from items to sparse rows (one per item, or per word), fitted on `train`."""
     if train.task == "tagging":
         hasher = FeatureHasher(TAG_FEATURES, input_type="string", alternate_sign=False)
-        yield (
-            "word features",
-            lambda items: hasher.transform(
-                itertools.chain.from_iterable(map(word_features, items))
-            ),
-        )
+
+        def hashed(items: list[Any]) -> sparse.csr_matrix:
+            return hasher.transform(itertools.chain.from_iterable(map(word_features, items)))
+
+        # A feature that no training word has would keep the weight 0.
+        seen = np.unique(hashed(train.items).indices)
+        yield "word features", lambda items: hashed(items)[:, seen]
         return
     pairs = isinstance(train.items[0], tuple)
     texts = list(itertools.chain(*train.items)) if pairs else train.items
@@ -179,8 +183,8 @@ def _frequent_tag(train: Labelled) -> Predict:
 def word_features(words: Sequence[str]) -> list[list[str]]:
     """What the linear tagger sees of each word of a sentence.
 
-    The word, in lower case too, its beginnings and ends up to four letters, its shape, the two words
-    on either side, and whether it is the first.
+    The word, in lower case too, its beginnings and ends up to four letters, its shape, the two
+    words on either side, and whether it is the first.
 
     >>> word_features(["The", "cat-2"])[1][:4]
     ['word=cat-2', 'lower=cat-2', 'shape=x-0', 'prefix=c']

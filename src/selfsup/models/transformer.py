@@ -64,7 +64,8 @@ class Config:
     final_norm: bool | None = None  # normalise the last layer; None: yes for pre-norm, else no
     init_std: float = 0.02  # of every initial weight matrix and table
     # standard deviation of token vectors as they enter the stack, by a factor on the whole table;
-    # 0: no factor. 1.0 gets small masked language models off their plateau.
+    # 0: no factor. 1.0 with init_std = 1 / sqrt(dim) gets small masked language models off their
+    # plateau.
     embedding_std: float = 0.0
     # `Features.pooled`: the mean of the real positions, the first or the last of them, or the first
     # through BERT's dense layer and tanh
