@@ -12,6 +12,12 @@ from typing import Any
 
 from selfsup.errors import StorageError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
+
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
@@ -19,7 +25,7 @@ def storage(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             where = path if path.is_dir() else path.parent
             while not where.exists():
                 where = where.parent
@@ -28,8 +34,10 @@ def storage(path: Path) -> Iterator[None]:
                 f"{path}: no space left on the device ({free:.0f} MiB free). Nothing that was "
                 "there before is lost; free some space, or choose another place, and run it again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise StorageError(f"{path}: cannot be written ({error.strerror}).") from error
+        if error.errno in REFUSED:
+            raise StorageError(
+                f"{path}: cannot be written ({error.strerror}); choose another place."
+            ) from error
         raise
 
 

@@ -274,10 +274,7 @@ class Model:
                 values, scores = self.objective.predict(batch)
             for row, number in enumerate(numbers):
                 if tagging:
-                    starts = batch["words"][row] >= 0
-                    out[number] = self._tags(
-                        values[row][starts], scores[row][starts], items[number]
-                    )
+                    out[number] = self._tags(values[row], scores[row], len(items[number]))
                 elif self.names:
                     value = int(values[row])
                     out[number] = Prediction(self.names[value], float(scores[row, value]))
@@ -285,11 +282,13 @@ class Model:
                     out[number] = Prediction(float(values[row]), None)
         return out  # type: ignore[return-value]
 
-    def _tags(self, values: torch.Tensor, scores: torch.Tensor, words: list[str]) -> Prediction:
-        tags = [self.names[i] for i in values.tolist()]
-        probabilities = scores.gather(1, values.unsqueeze(1)).squeeze(1).tolist()
-        lost = len(words) - len(tags)  # beyond the longest row
-        return Prediction(tags + [self.names[0]] * lost, probabilities + [0.0] * lost)
+    def _tags(self, values: torch.Tensor, scores: torch.Tensor, num_words: int) -> Prediction:
+        """Tags of the words that the row showed; a word beyond its end gets the tag ''."""
+        numbers = values[:num_words].tolist()
+        numbers += [-1] * (num_words - len(numbers))
+        tags = [self.names[i] if i >= 0 else "" for i in numbers]
+        sure = [float(scores[word, i]) if i >= 0 else 0.0 for word, i in enumerate(numbers)]
+        return Prediction(tags, sure)
 
     def score(self, items: Sequence[str], batch_size: int = 16) -> list[float]:
         """Log-probability (nats) of each text, summed over its tokens.

@@ -59,6 +59,11 @@ def test_compressed_files(tmp_path, suffix, pack):
         read(write(tmp_path, f"cut.tsv{suffix}", packed[:-9]), "classification")
 
 
+def test_zst_of_two_frames(tmp_path):
+    packed = zstandard.compress(b"text\tlabel\na\tx\n") + zstandard.compress(b"b\ty\n")
+    assert read(write(tmp_path, "a.tsv.zst", packed), "classification").items == ["a", "b"]
+
+
 def test_jsonl_labels_are_named_as_json_writes_them(tmp_path):
     lines = [{"sentence": "a\u2028b", "label": True}, {"sentence": "c", "label": 2}]
     content = "\n".join(json.dumps(x, ensure_ascii=False) for x in lines)
@@ -168,7 +173,13 @@ BAD = {
         *("a.csv", "text,label\na,positiv\n", T),
         *({"names": ("negative", "positive")}, ":2: label 'positiv' .* did you mean 'positive'"),
     ),
-    "unknown tag": ("a.bio", "a B-X\n", "tagging", {"names": ("O", "B-Y")}, ":1: label 'B-X'"),
+    "unknown tag": (
+        "a.bio",
+        "a B-X\n",
+        "tagging",
+        {"names": ("O", "B-Y")},
+        ":1: label 'B-X' .of the word 'a'",
+    ),
     "word as number": (
         "a.csv",
         "text,score\na,1\nb,big\n",

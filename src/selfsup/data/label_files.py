@@ -229,7 +229,7 @@ def _column_tag(path: Path, label: str | int | None) -> Pick:
                 f"{path}:{number}: a word without its tag: {len(cells)} column(s), none in place "
                 f"{max(place, 1) + 1}; sentences are separated by an empty line"
             )
-        if not cells[0].strip() or not cells[place].strip():
+        if not cells[0] or not cells[place].strip():
             raise DataError(f"{path}:{number}: the word or its tag is empty: {cells}")
         return cells[0], cells[place].strip()
 
@@ -317,8 +317,7 @@ def _content(path: Path) -> bytes:
             case ".xz":
                 return lzma.decompress(content)
             case ".zst":
-                with zstandard.ZstdDecompressor().stream_reader(content) as stream:
-                    return stream.readall()
+                return _unpacked_zst(content)
         return content
     except broken as error:  # before OSError, which BadGzipFile is one of
         raise DataError(
@@ -326,3 +325,14 @@ def _content(path: Path) -> bytes:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _unpacked_zst(content: bytes) -> bytes:
+    frames = []
+    while content:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        frames.append(frame.decompress(content))
+        if not frame.eof:  # the library gives what there is of a cut file, without an error
+            raise EOFError("it ends early")
+        content = frame.unused_data
+    return b"".join(frames)

@@ -119,15 +119,24 @@ def read(
         raise DataError(f"{path}: the file holds no example; give a file with labelled lines")
     items, labels = [], []
     for where, item, value in rows:
-        for name in {"tagging": value, "classification": [value]}.get(task, ()):
-            if names is not None and name not in names:
-                hint = nearest(name, names)
-                raise DataError(f"{where}: label {name!r} is not among the training labels{hint}")
+        if names is not None:
+            _check_known(where, task, item, value, names)
         items.append(item)
         labels.append(value)
     if names is None:
         names = _names(path, task, labels)
     return Labelled(task, items, labels, names, str(path))
+
+
+def _check_known(where: str, task: str, item: Any, value: Any, names: tuple[str, ...]) -> None:
+    given = {"tagging": value, "classification": [value]}.get(task, [])
+    for place, name in enumerate(given):
+        if name not in names:
+            word = f" (of the word {item[place]!r})" if task == "tagging" else ""
+            raise DataError(
+                f"{where}: label {name!r}{word} is not among the training labels"
+                f"{nearest(name, names)}"
+            )
 
 
 def _names(path: Path, task: str, labels: list[Any]) -> tuple[str, ...]:
@@ -326,7 +335,8 @@ class LabelledText(Dataset):
         self.fields = ("tokens", "mask", *extra, "label")
 
     def _add_words(self, labelled: Labelled, tokenizer: Tokenizer, max_length: int) -> None:
-        margin = [-1] if tokenizer.style == "bert" else []  # no word begins at [CLS] or [SEP]
+        # no word begins at [CLS] or [SEP]
+        margin = np.full(1 if tokenizer.style == "bert" else 0, -1, dtype=np.int32)
         for ids, words in tokenizer.encode_words(labelled.items):
             tokens, _ = tokenizer.row(ids, max_length=max_length)
             kept = len(tokens) - 2 * len(margin)

@@ -96,7 +96,9 @@ def adapt(
 
 
 @torch.inference_mode()
-def answers(task: Task, data: LabelledText, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def answers(
+    task: Task, data: LabelledText, batch_size: int = 64
+) -> tuple[list[float], list[float]]:
     """Truth and prediction of every example; for tagging of every word, -1 where it was cut off."""
     device = next(task.parameters()).device
     dtype = pick_dtype("auto", device)
@@ -115,11 +117,11 @@ def answers(task: Task, data: LabelledText, batch_size: int = 64) -> tuple[np.nd
                 truth[number], guess[number] = data.labels[number, None], values[row, None]
                 continue
             truth[number] = data.word_labels[number]
-            seen = values[row][batch["words"][row].cpu().numpy() >= 0]
-            lost = len(truth[number]) - len(seen)
-            guess[number] = np.concatenate([seen, np.full(lost, -1.0)])
+            guess[number] = np.full(len(truth[number]), -1.0)
+            seen = values[row][: len(truth[number])]
+            guess[number][: len(seen)] = seen
     task.train(was_training)
-    return np.concatenate(truth), np.concatenate(guess)
+    return np.concatenate(truth).tolist(), np.concatenate(guess).tolist()
 
 
 def score(task: Task, data: LabelledText, metric: str | None = None) -> float:

@@ -30,7 +30,7 @@ from selfsup.data.labels import Labelled
 from selfsup.evaluation.metrics import METRICS
 
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
-RIDGE_ALPHA = (100.0, 10.0, 1.0, 0.1)
+RIDGE_ALPHA = (0.1, 1.0, 10.0, 100.0)
 TAGGER_C = (1.0, 10.0)
 # Words with one letter and marks such as ! count too; short reviews live on them.
 WORD = r"\w+|[^\w\s]"
@@ -84,7 +84,7 @@ def fit_baseline(train: Labelled, valid: Labelled) -> Baseline:
             with threadpool_limits(1):
                 model.fit(known, known_labels)
             score = metric(valid_labels, model.predict(new).tolist())
-            if score > best.score:  # of equals the first, which is the simplest
+            if score > best.score:  # of equals the first, the simpler
                 best = Baseline(
                     f"{kind} + {setting}", score, _predictor(model, features, train.task)
                 )

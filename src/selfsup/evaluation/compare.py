@@ -9,12 +9,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from selfsup import console, registry
@@ -220,12 +218,8 @@ def _baselines(
     for count in settings.label_counts:
         for seed in settings.seeds:
             fitted = fit_baseline(subset(labels.train, count, seed), labels.valid)
-            guess, truth = fitted.predict(labels.test.items), labels.test.labels
-            if settings.task == "tagging":
-                guess, truth = list(chain(*guess)), list(chain(*truth))
-            scores.setdefault(str(count), []).append(
-                round(float(metric(np.asarray(truth), np.asarray(guess))), 5)
-            )
+            score_here = metric(labels.test.labels, fitted.predict(labels.test.items))
+            scores.setdefault(str(count), []).append(round(score_here, 5))
             names.setdefault(str(count), []).append(fitted.name)
     return scores, names
 

@@ -1,7 +1,8 @@
 """What a prediction is worth: metrics as the benchmarks define them, over scikit-learn and SciPy.
 
 `METRICS` holds those that compare truth and prediction. Labels are in their own form: class names,
-floats, or for tagging one list of tag names per sentence. All give plain floats.
+floats, or for tagging one list of tag names per sentence. All give plain floats, and raise
+ValueError where truth and prediction do not pair up.
 """
 
 import itertools
@@ -17,11 +18,12 @@ from sklearn import metrics as sklearn_metrics
 # How other tagging schemes write inside, end and single; conlleval knows B I E S O.
 SCHEMES = {"M": "I", "L": "E", "U": "S"}
 
+Labels = Sequence[Any] | np.ndarray
 Span = tuple[str, int, int]
 """Type, first word, last word."""
 
 
-def _flat(truth: Sequence[Any], prediction: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _flat(truth: Labels, prediction: Labels) -> tuple[list[Any], list[Any]]:
     """Both as flat lists; lists of tags are joined, sentence by sentence."""
     if len(truth) == 0 or len(truth) != len(prediction):
         raise ValueError(f"{len(truth)} labels and {len(prediction)} predictions do not pair up")
@@ -35,7 +37,7 @@ def _flat(truth: Sequence[Any], prediction: Sequence[Any]) -> tuple[list[Any], l
     return list(itertools.chain(*truth)), list(itertools.chain(*prediction))
 
 
-def accuracy(truth: Sequence[Any], prediction: Sequence[Any]) -> float:
+def accuracy(truth: Labels, prediction: Labels) -> float:
     """Share of equal labels; tag lists are counted word by word.
 
     >>> accuracy(["a", "b"], ["a", "a"])
@@ -45,13 +47,13 @@ def accuracy(truth: Sequence[Any], prediction: Sequence[Any]) -> float:
     return float(np.mean([t == p for t, p in zip(truth, prediction, strict=True)]))
 
 
-def macro_f1(truth: Sequence[Any], prediction: Sequence[Any]) -> float:
+def macro_f1(truth: Labels, prediction: Labels) -> float:
     """Mean of the F1 of every class that occurs in truth or prediction; 0/0 counts as 0."""
     truth, prediction = _flat(truth, prediction)
     return float(sklearn_metrics.f1_score(truth, prediction, average="macro", zero_division=0.0))
 
 
-def f1_binary(truth: Sequence[Any], prediction: Sequence[Any], positive: Any = None) -> float:
+def f1_binary(truth: Labels, prediction: Labels, positive: Any = None) -> float:
     """F1 of one class (GLUE: MRPC, QQP).
 
     Args:
@@ -67,7 +69,7 @@ def f1_binary(truth: Sequence[Any], prediction: Sequence[Any], positive: Any = N
     return float(sklearn_metrics.f1_score(*found, zero_division=0.0))
 
 
-def matthews(truth: Sequence[Any], prediction: Sequence[Any]) -> float:
+def matthews(truth: Labels, prediction: Labels) -> float:
     """Matthews correlation, -1 to 1 (GLUE: CoLA); 0 where one side has a single class."""
     truth, prediction = _flat(truth, prediction)
     if len({*truth}) < 2 or len({*prediction}) < 2:
@@ -75,15 +77,17 @@ def matthews(truth: Sequence[Any], prediction: Sequence[Any]) -> float:
     return float(sklearn_metrics.matthews_corrcoef(truth, prediction))
 
 
-def pearson(truth: Sequence[float], prediction: Sequence[float]) -> float:
+def pearson(truth: Labels, prediction: Labels) -> float:
     """Linear correlation, -1 to 1 (GLUE: STS-B); 0 where one side is constant."""
+    truth, prediction = _flat(truth, prediction)
     if len(set(truth)) < 2 or len(set(prediction)) < 2:
         return 0.0
     return float(stats.pearsonr(truth, prediction).statistic)
 
 
-def spearman(truth: Sequence[float], prediction: Sequence[float]) -> float:
+def spearman(truth: Labels, prediction: Labels) -> float:
     """Correlation of the ranks, ties sharing their mean rank; 0 where one side is constant."""
+    truth, prediction = _flat(truth, prediction)
     if len(set(truth)) < 2 or len(set(prediction)) < 2:
         return 0.0
     return float(stats.spearmanr(truth, prediction).statistic)
@@ -92,9 +96,9 @@ def spearman(truth: Sequence[float], prediction: Sequence[float]) -> float:
 def spans(tags: Sequence[str]) -> set[Span]:
     """The entities that a sentence's tags mark, by the rules of conlleval.
 
-    A tag is O, or a scheme letter, with a type (B-PER) or without. B I, B I E S, B M E S and B I L U
-    are read. An inside tag without a beginning, or with another type than the one before it, begins
-    an entity. The empty string, for a word that was not predicted, is outside.
+    A tag is O, or a scheme letter, with a type (B-PER) or without. B I, B I E S, B M E S and
+    B I L U are read. An inside tag without a beginning, or with another type than the one before
+    it, begins an entity. The empty string, for a word that was not predicted, is outside.
 
     >>> sorted(spans(["B-PER", "I-PER", "O", "I-LOC"]))
     [('LOC', 3, 3), ('PER', 0, 1)]
@@ -118,7 +122,7 @@ def spans(tags: Sequence[str]) -> set[Span]:
     return found
 
 
-def span_f1(truth: Sequence[Sequence[str]], prediction: Sequence[Sequence[str]]) -> float:
+def span_f1(truth: Labels, prediction: Labels) -> float:
     """Entity F1 over all sentences, as conlleval: type and both ends must be right; 0/0 is 0.
 
     Args:
@@ -166,7 +170,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+METRICS: dict[str, Callable[[Labels, Labels], float]] = {
     "accuracy": accuracy,
     "macro_f1": macro_f1,
     "f1": f1_binary,

@@ -92,8 +92,8 @@ def choose(
         drawn = key.topk(num_slots, dim=1, largest=False)
         rank = torch.arange(num_slots, device=key.device)
         return Chosen(drawn.indices, (rank < budget) & (drawn.values < 2.0))
-    word = (~continues).cumsum(1) - 1  # number of the word in its row
-    word = word.clamp(min=0)  # a row may begin inside a word
+    begins = F.pad(~continues[:, 1:], (1, 0), value=True)  # a row may begin inside a word
+    word = begins.cumsum(1) - 1  # number of the word in its row
     key = key.gather(1, word).masked_fill(~maskable, 2.0)  # one key per word
     order = key.argsort(dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -148,7 +148,8 @@ def rearrange_pairs(
     Args:
         batch: rows [CLS] A [SEP] B [SEP] with `segments`, padded at the end.
         swap: rows whose sentences change places.
-        partner: the row that B is taken from; a row's own number leaves it alone.
+        partner: the row that B is taken from, cut at its end where the new row would be longer
+            than the longest of the batch; a row's own number leaves it alone.
         vocabulary: ids of the special tokens.
     """
     tokens, segments = batch["tokens"], batch["segments"]
@@ -156,7 +157,8 @@ def rearrange_pairs(
     length_a = (real & (segments == 0)).sum(1) - 2  # without [CLS] and [SEP]
     own_length_b = (real & (segments == 1)).sum(1) - 1
     row = torch.arange(len(tokens), device=tokens.device)
-    length_b = own_length_b[partner]
+    room = real.sum(1).max() - 3 - length_a  # a borrowed B may be longer than the own one
+    length_b = torch.minimum(own_length_b[partner], room)
     first = torch.where(swap, length_b, length_a).unsqueeze(1)  # (batch, 1)
     second = torch.where(swap, length_a, length_b).unsqueeze(1)
     time = torch.arange(int((first + second).max()) + 3, device=tokens.device).unsqueeze(0)

@@ -1,0 +1,161 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from selfsup.evaluation.metrics import (
+    METRICS,
+    accuracy,
+    f1_binary,
+    interval,
+    macro_f1,
+    matthews,
+    pearson,
+    perplexity,
+    span_f1,
+    spans,
+    spearman,
+)
+from selfsup.randomness import numpy_generator
+
+TRUTH = ["1", "1", "1", "0", "0", "0", "0", "0"]
+GUESS = ["1", "1", "0", "1", "0", "0", "0", "0"]  # 2 true positives, 1 missed, 1 false, 4 right
+
+
+def test_accuracy_by_hand():
+    assert accuracy(TRUTH, GUESS) == 6 / 8
+    assert accuracy([["A", "B"], ["C"]], [["A", "A"], ["C"]]) == pytest.approx(2 / 3)
+    assert accuracy([1, 2], np.array([1, 3])) == 0.5
+
+
+def test_f1_by_hand():
+    positive, negative = 2 * 2 / (2 * 2 + 1 + 1), 2 * 4 / (2 * 4 + 1 + 1)
+    assert f1_binary(TRUTH, GUESS) == pytest.approx(positive)
+    assert f1_binary(TRUTH, GUESS, positive="0") == pytest.approx(negative)
+    assert macro_f1(TRUTH, GUESS) == pytest.approx((positive + negative) / 2)
+    assert f1_binary(["0", "1"], ["0", "0"]) == 0.0
+    assert macro_f1(["a", "b"], ["a", "a"]) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_matthews_by_hand():
+    tp, fn, fp, tn = 2, 1, 1, 4
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert matthews(TRUTH, GUESS) == pytest.approx(expected)
+    assert matthews(TRUTH, TRUTH) == pytest.approx(1.0)
+    assert matthews(TRUTH, ["0"] * 8) == 0.0
+    assert matthews(["0"] * 2, ["0"] * 2) == 0.0
+
+
+def test_correlations_by_hand():
+    truth, guess = [1.0, 2.0, 3.0, 4.0], [1.0, 3.0, 2.0, 5.0]
+    x = [t - 2.5 for t in truth]
+    y = [g - 2.75 for g in guess]
+    covariance = sum(a * b for a, b in zip(x, y, strict=True))
+    norm = math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+    assert pearson(truth, guess) == pytest.approx(covariance / norm)
+    assert spearman(truth, guess) == pytest.approx(1 - 6 * 2 / (4 * 15))  # 1 - 6 sum d^2 / n(n^2-1)
+    # ties share a rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    tied = spearman([0.0, 1.0, 1.0, 2.0], truth)
+    assert tied == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    for correlation in (pearson, spearman):
+        assert correlation(truth, [3.0] * 4) == 0.0
+        assert correlation([3.0] * 4, truth) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ("O B-X I-X O", {("X", 1, 2)}),
+        ("B-X B-X", {("X", 0, 0), ("X", 1, 1)}),
+        ("I-X I-X O I-X", {("X", 0, 1), ("X", 3, 3)}),  # IOB1
+        ("B-X I-Y I-Y", {("X", 0, 0), ("Y", 1, 2)}),  # another type begins anew
+        ("B-X M-X E-X S-X", {("X", 0, 2), ("X", 3, 3)}),  # BMES
+        ("B-X L-X U-Y", {("X", 0, 1), ("Y", 2, 2)}),  # BILOU
+        ("B-X E-X E-X I-X", {("X", 0, 1), ("X", 2, 2), ("X", 3, 3)}),
+        ("S-X I-X", {("X", 0, 0), ("X", 1, 1)}),
+        ("B-X-Y I-X-Y", {("X-Y", 0, 1)}),
+        ("B M E S", {("", 0, 2), ("", 3, 3)}),  # word segmentation
+        ("O O", set()),
+    ],
+)
+def test_spans(tags, expected):
+    assert spans(tags.split()) == expected
+
+
+def conlleval_spans(tags):
+    """The rules of conlleval as its tables of tag pairs, apart from the code under test."""
+    ends = {"BB", "BO", "BS", "IB", "IO", "IS", "EE", "EI", "EO", "EB", "ES"}
+    ends |= {"SE", "SI", "SO", "SB", "SS"}
+    begins = {"BB", "IB", "OB", "SB", "EB", "OI", "OE", "EE", "EI", "SE", "SI"}
+    begins |= {"OS", "BS", "IS", "ES", "SS"}
+    found, start = [], None
+    previous = ("O", "")
+    for place, tag in enumerate([*tags, "O"]):
+        current = (tag[0], tag[2:])
+        pair, differ = previous[0] + current[0], previous[1] != current[1]
+        if start is not None and (pair in ends or (previous[0] != "O" and differ)):
+            found.append((previous[1], start, place - 1))
+            start = None
+        if pair in begins or (current[0] != "O" and differ):
+            start = place
+        previous = current
+    return set(found)
+
+
+def test_spans_follow_conlleval_on_any_tags():
+    generator = numpy_generator(0, "tags")
+    kinds = ["O", *[f"{letter}-{kind}" for letter in "BIES" for kind in "XY"]]
+    for _ in range(300):
+        tags = [kinds[i] for i in generator.integers(0, len(kinds), 8)]
+        assert spans(tags) == conlleval_spans(tags), tags
+
+
+def test_span_f1_by_hand():
+    truth = [["B-X", "I-X", "O"], ["B-Y", "O"], ["O"]]
+    guess = [["B-X", "I-X", "B-X"], ["B-X", ""], ["O"]]  # 1 right of 3 given, 2 expected
+    assert span_f1(truth, guess) == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert span_f1(truth, truth) == 1.0
+    assert span_f1([["O"]], [["O"]]) == 0.0
+    with pytest.raises(ValueError, match="'NOUN' marks no span"):
+        span_f1([["NOUN"]], [["O"]])
+
+
+def test_metrics_refuse_unequal_lengths():
+    for name, metric in METRICS.items():
+        if name not in ("pearson", "spearman"):
+            with pytest.raises(ValueError, match="sentence 0: 2 tags, but 1 predictions"):
+                metric([["O", "O"]], [["O"]])
+        with pytest.raises(ValueError, match="2 labels and 3 predictions do not pair up"):
+            metric([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_metrics_give_plain_floats():
+    for name, metric in METRICS.items():
+        values = [["B-X"], ["O"]] if name == "span_f1" else [0.0, 1.0]
+        assert type(metric(values, values)) is float
+        assert metric(values, values) == pytest.approx(1.0)
+
+
+def test_perplexity():
+    assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
+
+
+def test_interval():
+    mean, low, high = interval([1.0, 2.0, 4.0])
+    slow = stats.ttest_1samp([1.0, 2.0, 4.0], 0.0).confidence_interval(0.95)
+    assert mean == pytest.approx(7 / 3)
+    assert (low, high) == pytest.approx((slow.low, slow.high))
+    assert interval([0.5])[0] == 0.5
+    assert all(math.isnan(end) for end in interval([0.5])[1:])
+    with pytest.raises(ValueError, match="at least one"):
+        interval([])
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator = numpy_generator(0, "seeds")
+    inside = 0
+    for _ in range(1000):
+        _, low, high = interval(generator.normal(3.0, 2.0, 4).tolist())
+        inside += low < 3.0 < high
+    assert 0.93 < inside / 1000 < 0.97

@@ -1,0 +1,167 @@
+"""Files are whole or not there, whatever goes wrong while they are written."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from selfsup.errors import StorageError
+from selfsup.files import sha256, whole_folder, write_bytes, write_json, write_text
+
+
+def names(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A real file system with 64 KiB of room."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def failing_fsync(number: int, after: int = 0):
+    """An `os.fsync` that fails with `number` after so many calls."""
+    calls = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > after:
+            raise OSError(number, os.strerror(number))
+
+    return fsync
+
+
+def test_bytes_text_and_json_are_written(tmp_path):
+    write_bytes(tmp_path / "new" / "folder" / "a.bin", b"\x00\xff")
+    assert (tmp_path / "new" / "folder" / "a.bin").read_bytes() == b"\x00\xff"
+    write_text(tmp_path / "b.txt", "søk")
+    assert (tmp_path / "b.txt").read_bytes() == "søk".encode()
+    write_json(tmp_path / "c.json", {"b": [1, 2.5], "a": "søk"})
+    assert json.loads((tmp_path / "c.json").read_text()) == {"b": [1, 2.5], "a": "søk"}
+    assert (tmp_path / "c.json").read_text().endswith("}\n")
+    assert names(tmp_path) == ["b.txt", "c.json", "new"]
+
+
+def test_nan_is_no_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert names(tmp_path) == []
+
+
+def test_a_new_file_replaces_the_old_one(tmp_path):
+    write_text(tmp_path / "a", "old and long")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch, number):
+    write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", failing_fsync(number))
+    with pytest.raises(StorageError, match="a: "):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_full_disk_is_a_storage_error_that_says_what_to_do(full_disk):
+    write_text(full_disk / "a", "old")
+    with pytest.raises(StorageError, match=r"a: no space left.*MiB free.*free some space"):
+        write_bytes(full_disk / "a", b"x" * 200_000)
+    assert (full_disk / "a").read_text() == "old"
+    assert names(full_disk) == ["a"]
+
+
+def test_a_full_disk_leaves_the_old_folder(full_disk):
+    with whole_folder(full_disk / "run") as aside:
+        (aside / "a").write_text("old")
+    with pytest.raises(StorageError, match="run: no space left"), whole_folder(
+        full_disk / "run"
+    ) as aside:
+        (aside / "a").write_text("new")
+        (aside / "b").write_bytes(b"x" * 200_000)
+    assert names(full_disk) == ["run"]
+    assert names(full_disk / "run") == ["a"]
+    assert (full_disk / "run" / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (lambda folder: (folder / "file").write_text(""), "file/a"),
+        (lambda folder: (folder / "file").write_text(""), "file/deeper/a"),
+        (lambda folder: (folder / "taken").mkdir(), "taken"),
+        (lambda folder: None, "long" * 100),
+    ],
+    ids=["below a file", "far below a file", "a folder", "a name too long"],
+)
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path, make, path):
+    make(tmp_path)
+    before = names(tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_text(tmp_path / path, "x")
+    assert names(tmp_path) == before
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with whole_folder(tmp_path / "run") as aside:
+        (aside / "inside").mkdir()
+        (aside / "inside" / "a").write_text("1")
+        assert not (tmp_path / "run").exists()
+    assert (tmp_path / "run" / "inside" / "a").read_text() == "1"
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_folder_replaces_the_old_one(tmp_path):
+    for content in ("old", "new"):
+        with whole_folder(tmp_path / "run") as aside:
+            (aside / content).write_text(content)
+    assert names(tmp_path / "run") == ["new"]
+    assert names(tmp_path) == ["run"]
+
+
+class Stop(BaseException):
+    """Comes from outside, like a KeyboardInterrupt."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Stop])
+def test_an_error_inside_leaves_the_old_folder(tmp_path, error):
+    with whole_folder(tmp_path / "run") as aside:
+        (aside / "a").write_text("old")
+    with pytest.raises(error), whole_folder(tmp_path / "run") as aside:
+        (aside / "b").write_text("half")
+        raise error
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["a"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_failed_flush_leaves_no_half_folder(tmp_path, monkeypatch, after):
+    """The disk fills at the first file, at the second, at the folder itself."""
+    monkeypatch.setattr(os, "fsync", failing_fsync(errno.ENOSPC, after))
+    with pytest.raises(StorageError), whole_folder(tmp_path / "run") as aside:
+        (aside / "a").write_text("1")
+        (aside / "b").write_text("2")
+    assert names(tmp_path) == []
+
+
+def test_sha256_is_the_usual_one(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256(tmp_path / "a") == expected
+
+
+def test_files_needs_no_heavy_import():
+    code = "import sys, selfsup.files; print({'torch', 'numpy'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
