@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint docs bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +15,15 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+DEMO := runs/demo
 demo: $(VENV)/installed
-	$(BIN)/selfsup demo
+	rm -rf $(DEMO)
+	$(BIN)/selfsup pretrain bert-tiny-english --data demo/unlabeled --out $(DEMO)
+	$(BIN)/selfsup compare $(DEMO) --task tagging --data demo/labels/train.conllu.xz \
+	  --valid demo/labels/dev.conllu.xz --test demo/labels/test.conllu.xz \
+	  --labels 50 300 --seeds 0 1 2 3 4 --lrs 1e-3 3e-3
+	$(BIN)/selfsup report $(DEMO)
+	@echo "open $(DEMO)/report.html in a browser"
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest
@@ -28,6 +35,10 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/build.py --check
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/build.py
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks

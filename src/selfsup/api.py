@@ -30,6 +30,8 @@ from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
 Columns = dict[str, str | None]
+KEPT = ("data", "model", "method")  # sections that a model folder keeps and a resumed run repeats
+IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the same
 
 
 def load(run: str | Path, device: str = "auto") -> Model:
@@ -71,10 +73,13 @@ def pretrain(
     config = run_config(values)
     folder = RunFolder(Path(out), resume)
     try:
+        sections = {k: v for k, v in run_values(config).items() if k in KEPT}
         if resume:
-            _check_same(folder.path, config)
+            _check_same(folder.path, sections, {})
         data_module = registry.module_of(registry.DATA, "data", config.data_name)
         prepared = data_module.prepare(config.data, data)
+        if resume:
+            _check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
         objective = _build_method(config, prepared.spec)
         _check_fields(config, objective, prepared.train.fields)
         source = [str(d) for d in data] if isinstance(data, list | tuple) else str(data)
@@ -83,11 +88,8 @@ def pretrain(
         )
         _say_start(config, objective, prepared)
         train(objective, prepared.train, prepared.valid, config.training, folder, "pre-training")
-        model_values = {
-            k: v for k, v in run_values(config).items() if k in ("data", "model", "method")
-        }
-        save_model(folder.path / "model", objective, model_values, prepared.preprocessor)
-        model = Model(objective, prepared.preprocessor, (), model_values, config.training.device)
+        save_model(folder.path / "model", objective, sections, prepared.preprocessor)
+        model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
         for name, show in (("fills", showcase.fills), ("samples", showcase.samples)):
             shown = show(model, prepared.valid)
             if shown:
@@ -103,19 +105,23 @@ def _build_method(config: RunConfig, spec: Any) -> Objective:
     return build_objective("methods", config.method_name, config.method, encoder, spec, seed)
 
 
-def _check_same(path: Path, config: RunConfig) -> None:
-    """Resuming needs the same data section, model and method; training may be prolonged."""
+def _check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Resuming needs the same whole sections and the same facts; training may be prolonged."""
     if not (path / "run.toml").exists():
         return  # stopped before the first line was written: there is nothing to differ from
-    before, now = configuration.read_toml(path / "run.toml"), run_values(config)
-    for section in ("data", "model", "method"):
-        for key in sorted(before[section].keys() | now[section].keys()):
-            old, new = before[section].get(key), now[section].get(key)
-            if old != new:
-                raise ConfigError(
-                    f"--resume: {path} was begun with {section}.{key} = {old!r}, now {new!r}; "
-                    "use the same recipe and settings, or another --out"
-                )
+    before = configuration.read_toml(path / "run.toml")
+    pairs = {
+        f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
+        for section, values in sections.items()
+        for key in sorted(before.get(section, {}).keys() | values.keys())
+    }
+    pairs |= {f"facts.{k}": (before.get("facts", {}).get(k), new) for k, new in facts.items()}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise ConfigError(
+                f"--resume: {path} was begun with {key} = {old!r}, now {new!r}; "
+                "use the same recipe, settings and data, or another --out"
+            )
 
 
 def _check_fields(config: RunConfig, objective: Objective, given: Sequence[str]) -> None:
@@ -136,8 +142,9 @@ def _say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
 
 
 def _command() -> str:
-    program = Path(sys.argv[0]).name
-    return shlex.join(["selfsup", *sys.argv[1:]]) if program == "selfsup" else "Python API"
+    program = Path(sys.argv[0])
+    ours = program.name == "selfsup" or program.parts[-2:] == ("selfsup", "__main__.py")
+    return shlex.join(["selfsup", *sys.argv[1:]]) if ours else "Python API"
 
 
 def _write_run(
@@ -200,21 +207,17 @@ def finetune(
     columns = columns or {}
     train_data = read(data, task, **columns)
     valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
-    values = configuration.overridden({"task": {}, "training": {}}, settings or {})
+    default = default_training(len(train_data), base.encoder.dim)
+    default = replace(default, evaluations=5 if valid else 0)
+    values = {"task": {}, "training": configuration.to_mapping(default)}
+    values = configuration.overridden(values, settings or {})
     for section in values:
         if section not in ("task", "training"):
             hint = nearest(section, ("task", "training"))
             raise ConfigError(f"unknown section {section!r}{hint}")
     module = registry.module_of(registry.TASKS, "task", task)
     task_config = configuration.from_mapping(module.Config, values["task"], "task")
-    default = default_training(len(train_data), base.encoder.dim)
-    plain = {**configuration.to_mapping(default), "evaluations": 5 if valid else 0}
-    budgets = {"steps", "tokens", "minutes"} & values["training"].keys()
-    if budgets:
-        plain = {k: v for k, v in plain.items() if k != "steps"}
-    training = configuration.from_mapping(
-        TrainingConfig, {**plain, **values["training"]}, "training"
-    )
+    training = configuration.from_mapping(TrainingConfig, values["training"], "training")
     folder = RunFolder(Path(out), resume)
     try:
         sections = {
@@ -228,6 +231,9 @@ def finetune(
             "training": configuration.to_mapping(training),
         }
         facts = {"labelled_examples": len(train_data)}
+        if resume:
+            same = {k: sections[k] for k in ("model", "task", "labels")}
+            _check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
         _write_run(folder.path, {**sections, **extra}, training, base.objective, facts, str(data))
         adapted = adapt(
             base.encoder,
@@ -241,7 +247,8 @@ def finetune(
             valid=valid_data,
             folder=folder,
         )
-        save_model(folder.path / "model", adapted.task, sections, base.preprocessor)
+        preprocessor = type(base.preprocessor)(base.preprocessor.tokenizer, max_length)
+        save_model(folder.path / "model", adapted.task, sections, preprocessor)
     finally:
         folder.close()
     return folder.path
@@ -292,7 +299,8 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
         raise ConfigError("a fine-tuned run is evaluated on a labelled file: give --data")
     task = model.values["task"]["name"]
     labelled = read(data, task, names=model.names or None, **columns)
-    held_out = LabelledText(labelled, model.preprocessor.tokenizer, 128)
+    tokenizer, length = model.preprocessor.tokenizer, model.preprocessor.max_length
+    held_out = LabelledText(labelled, tokenizer, length)
     truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
     names = {
         "classification": ("accuracy", "macro_f1", "matthews"),
@@ -343,7 +351,8 @@ def compare(
     name = model.values["model"]["name"]
     untrained = build_encoder(name, model.encoder.config, spec, seed=0)  # type: ignore[arg-type]
     shown = showcase.embedding_map(model, untrained, labels.test)
-    write_json(path.with_name(path.stem.replace("compare", "embeddings") + ".json"), shown)
+    stem = path.stem if "compare" in path.stem else f"{path.stem}-compare"
+    write_json(path.with_name(stem.replace("compare", "embeddings") + ".json"), shown)
     return result
 
 

@@ -24,6 +24,7 @@ from selfsup import registry
 from selfsup.errors import ConfigError, nearest
 
 T = TypeVar("T")
+BUDGETS = ("training.steps", "training.tokens", "training.minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,9 @@ def overridden(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, An
                 raise ConfigError(f"--set {dotted}: {section!r} is a value, not a section")
         if not sections:
             raise ConfigError(f"--set {dotted}: give section.key, such as training.steps=2000")
+        if dotted in BUDGETS:  # another budget takes the place of the recipe's own
+            for other in BUDGETS:
+                here.pop(other.partition(".")[2], None)
         here[key] = value
     return out
 

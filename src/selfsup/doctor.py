@@ -56,15 +56,12 @@ def _installation() -> Iterator[str]:
 def _data(path: str, text_column: str) -> Iterator[str]:
     from selfsup.data.reading import documents
 
-    count = characters = empty = longest = 0
+    count = characters = empty = 0
     digests: set[int] = set()
     duplicates = 0
-    origins: dict[str, None] = {}
     last = -1
     for document in documents(path, text_column=text_column):
-        origins[str(document.origin)] = None
         characters += len(document.text)
-        longest = max(longest, len(document.text))
         if document.number != last:
             count, last = count + 1, document.number
             digest = hash(document.text)

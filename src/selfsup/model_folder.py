@@ -175,8 +175,11 @@ class Model:
             (items, dim) float32.
 
         Raises:
+            ConfigError: the encoder has no such layer.
             DataError: an item is empty; its number is named.
         """
+        if layer is not None and not -self.encoder.num_layers - 1 <= layer <= self.encoder.num_layers:
+            raise ConfigError(f"layer must be from 0 to {self.encoder.num_layers}, got {layer}")
         out = np.empty((len(items), self.encoder.dim), dtype=np.float32)
         for numbers, batch in self._batches(items, batch_size):
             with self._inference():
@@ -193,9 +196,11 @@ class Model:
         """The likeliest words for every [MASK] in `text`.
 
         Raises:
-            ConfigError: the run's method does not fill blanks.
+            ConfigError: the run's method does not fill blanks, or `top` is below 1.
             DataError: there is no [MASK] in the text.
         """
+        if top < 1:
+            raise ConfigError(f"top must be at least 1, got {top}")
         if not isinstance(self.objective, FillsBlanks):
             raise ConfigError(f"{self._kind()} cannot fill blanks; use a masked_language run")
         tokenizer = self.preprocessor.tokenizer
@@ -205,7 +210,7 @@ class Model:
         if not len(log_probabilities):
             mask = tokenizer.token(tokenizer.vocabulary.mask)
             raise DataError(f"no blank in {text!r}: write {mask} where a word is missing")
-        best = log_probabilities.exp().topk(top, dim=-1)
+        best = log_probabilities.exp().topk(min(top, log_probabilities.shape[-1]), dim=-1)
         return [
             Blank([(tokenizer.token(i), p) for i, p in zip(ids, values, strict=True)])
             for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -232,8 +237,10 @@ class Model:
             seed: another seed, another text.
 
         Raises:
-            ConfigError: the run's method does not generate.
+            ConfigError: the run's method does not generate, or an option is out of range.
         """
+        if num_tokens < 0:
+            raise ConfigError(f"the number of tokens must be at least 0, got {num_tokens}")
         if not isinstance(self.objective, Generates):
             raise ConfigError(f"{self._kind()} cannot generate; use a causal_language run")
         tokenizer = self.preprocessor.tokenizer

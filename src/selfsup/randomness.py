@@ -92,3 +92,35 @@ class Order:
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & low_mask)
         return (left << self.half_bits) | right
+
+
+class Batches:
+    """The example numbers of each batch: a pure function of (seed, batch number).
+
+    With `lengths`, examples of similar length share a batch, so that little is padded: the order is
+    cut into windows of up to 32 batches (never more than one pass, or a batch would hold the same
+    example twice), each window is sorted by length, and its batches come in random order. The
+    lengths are blurred by a quarter first, so that few examples do not always meet the same others.
+
+    >>> lengths = np.array([9, 1, 9, 1, 9, 1, 9, 1])
+    >>> batches = Batches(Order(8, seed=0), 2, lengths)
+    >>> sorted(lengths[batches[k]].tolist() for k in range(4))
+    [[1, 1], [1, 1], [9, 9], [9, 9]]
+    """
+
+    def __init__(self, order: Order, size: int, lengths: np.ndarray | None = None):
+        self.order, self.size, self.lengths = order, size, lengths
+        self.window = max(1, min(32, order.size // size))
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """The examples (int64) of one batch."""
+        if self.lengths is None:
+            return self.order[number * self.size : (number + 1) * self.size]
+        window, place = divmod(number, self.window)
+        first = window * self.window * self.size
+        examples = self.order[first : first + self.window * self.size]
+        generator = numpy_generator(self.order.seed, "window", window)
+        blurred = self.lengths[examples] * generator.uniform(0.75, 1.25, len(examples))
+        examples = examples[np.argsort(blurred, kind="stable")]
+        turn = generator.permutation(self.window)
+        return examples[turn[place] * self.size :][: self.size]

@@ -260,7 +260,7 @@ def test_greedy_text_equals_transformers():
         do_sample=False,
         pad_token_id=0,
     )[:, 9:]
-    got = method.generate(batch, 12, torch_generator(0, "text"), temperature=0)
+    got = method.generate(batch, 12, torch_generator(0, "text"), temperature=0.0)
     assert torch.equal(got, expected)
     assert len({tuple(row) for row in got.tolist()}) == 3
 
@@ -269,7 +269,7 @@ def test_greedy_text_equals_transformers():
 
 
 def greedy(method: CausalLanguage, batch: Batch, num_tokens: int) -> Tensor:
-    return method.generate(batch, num_tokens, torch_generator(0, "text"), temperature=0)
+    return method.generate(batch, num_tokens, torch_generator(0, "text"), temperature=0.0)
 
 
 def slow_greedy(method: CausalLanguage, prompt: list[int], num_tokens: int) -> list[int]:

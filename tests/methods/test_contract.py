@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.config import from_mapping, overridden, to_mapping, write_toml
-from selfsup.data.dataset import pad_mask, pad_rows
+from selfsup.data.dataset import Dataset, pad_mask, pad_rows
 from selfsup.objective import Objective
 from selfsup.randomness import isolated, numpy_generator, seed_layers, torch_generator
 from selfsup.registry import METHODS, MODELS, module_of, resolve
@@ -36,7 +36,7 @@ VOCABULARY = Vocabulary(
 )
 
 
-class Sequences:
+class Sequences(Dataset):
     """Rows that recite the alphabet from any letter on, of unequal length.
 
     Args:
@@ -54,6 +54,7 @@ class Sequences:
         self.fields = ("tokens", "mask", "index", *extra)
         draw = numpy_generator(seed, "sequences")
         self.rows = [self._row(draw) for _ in range(size)]
+        self.lengths = np.array([len(row["tokens"]) for row in self.rows])
 
     def _row(self, draw: np.random.Generator) -> dict[str, np.ndarray]:
         length_a, length_b = draw.integers(4, 8, 2)
@@ -357,7 +358,8 @@ class Failing:
     """A data set whose machine stops when the batch at step `step` is asked for."""
 
     def __init__(self, data: Any, step: int):
-        self.data, self.fields, self.left = data, data.fields, step
+        self.data, self.left = data, step
+        self.fields, self.lengths = data.fields, data.lengths
 
     def __len__(self) -> int:
         return len(self.data)

@@ -127,6 +127,18 @@ def test_a_row_without_ordinary_tokens_has_nothing_chosen():
     assert output.loss == 0
 
 
+def test_what_lies_behind_the_mask_is_neither_chosen_nor_read():
+    method = build(**ALL_MASKED)
+    mask = torch.tensor([[True] * 6 + [False] * 3])
+    losses = []
+    for behind in (PAD, 7, 8):
+        tokens = torch.tensor([[CLS, 5, 6, 9, 11, SEP, behind, behind, behind]])
+        output = method.loss({"tokens": tokens, "mask": mask}, torch_generator(0, "loss"))
+        assert output.weight == 4
+        losses.append(output.loss.item())
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
 def test_corruption_follows_its_shares():
     tokens, mask = rows_of(10_000)
     generator = torch_generator(2, "mask")

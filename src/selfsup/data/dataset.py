@@ -17,9 +17,11 @@ class Dataset(Protocol):
 
     Attributes:
         fields: names of the batch fields it gives.
+        lengths: (examples,) sizes, where they differ: examples of similar size then share a batch.
     """
 
     fields: tuple[str, ...]
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Number of examples."""

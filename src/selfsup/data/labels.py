@@ -333,6 +333,7 @@ class LabelledText(Dataset):
             )
         extra = ("words",) * bool(self.words) + ("segments",) * bool(self.segments)
         self.fields = ("tokens", "mask", *extra, "label")
+        self.lengths = np.array([len(row) for row in self.tokens])
 
     def _add_words(self, labelled: Labelled, tokenizer: Tokenizer, max_length: int) -> None:
         # no word begins at [CLS] or [SEP]

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from selfsup.batch import Batch, Vocabulary
-from selfsup.data.dataset import pad_mask, pad_rows
+from selfsup.data.dataset import Dataset, pad_mask, pad_rows
 from selfsup.randomness import derive
 
 MIN_PAIR_TOKENS = 8  # a document with fewer gives no pair
 
 
 @final
-class PackedRows:
+class PackedRows(Dataset):
     """Windows of the stream, without padding; the last one is shifted back so that none is short.
 
     Style bert: row r is [CLS], window r of `row_length` - 2 tokens, [SEP]. Style gpt: window r of
@@ -74,7 +74,7 @@ class PackedRows:
 
 
 @final
-class PairRows:
+class PairRows(Dataset):
     """[CLS] A [SEP] B [SEP]: two spans of one document, B directly after A.
 
     A document is cut into blocks of two spans; the last block is shifted back so that it is full.

@@ -235,8 +235,11 @@ class TextPreprocessor:
             pairs; `words` for lists of words. All (batch, longest) int64, the mask bool.
 
         Raises:
+            ConfigError: `batch_size` is below 1.
             DataError: an item is empty, or of another kind than the first one.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         stream, done = iter(items), 0
         kind: type | None = None
         while window := list(islice(stream, batch_size * WINDOW_BATCHES)):

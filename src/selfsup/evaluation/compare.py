@@ -73,6 +73,14 @@ class Settings:
             raise ConfigError("compare needs at least one label count, one seed and one rate")
         if list(self.label_counts) != sorted(set(self.label_counts)):
             raise ConfigError(f"label counts must rise, got {list(self.label_counts)}")
+        least = {"label count": self.label_counts[0], "jobs": self.jobs, "steps": self.steps}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if not min(self.lrs) > 0:
+            raise ConfigError(f"learning rates must be above 0, got {list(self.lrs)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,10 @@ def samples(model: Model, held_out: Dataset, count: int = 4) -> list[dict[str, s
     out = []
     for seed, row in enumerate(held_out.batch(numbers)["tokens"]):
         prompt = tokenizer.decode(row[:12].tolist())
-        text = model.generate(prompt, 80, temperature=0.8, top_p=0.95, seed=seed)
+        # one row with its prompt: learned positions end there
+        room = model.preprocessor.max_length - 1 - len(tokenizer.encode([prompt])[0])
+        length = max(0, min(80, room))
+        text = model.generate(prompt, length, temperature=0.8, top_p=0.95, seed=seed)
         out.append({"prompt": prompt, "text": text})
     return out
 

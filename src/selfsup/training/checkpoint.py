@@ -123,13 +123,13 @@ def verify(path: Path) -> None:
     """Holds every file of one checkpoint against its manifest.
 
     Raises:
-        CheckpointError: a file is missing, changed or unknown; it is named.
+        CheckpointError: a file is missing or changed; it is named.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        hashes = manifest["sha256"]
+        hashes = dict(manifest["sha256"].items())
         written = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: manifest.json is missing or damaged") from error
     if written != FORMAT:
         raise CheckpointError(f"{path}: format {written}, this version reads {FORMAT}")
@@ -141,6 +141,24 @@ def verify(path: Path) -> None:
     for needed in ("weights.safetensors", "optimizer.safetensors", "state.json"):
         if needed not in hashes:
             raise CheckpointError(f"{path}: the manifest does not list {needed}")
+    if (path / "best.safetensors").exists() and "best.safetensors" not in hashes:
+        raise CheckpointError(f"{path}: the manifest does not list best.safetensors")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint, verified.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it is named.
+    """
+    verify(path)
+    best = path / "best.safetensors"
+    return Checkpoint(
+        weights=load_tensors(path / "weights.safetensors"),
+        optimizer=load_tensors(path / "optimizer.safetensors"),
+        best=load_tensors(best) if best.exists() else None,
+        state=json.loads((path / "state.json").read_text()),
+    )
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
@@ -154,17 +172,11 @@ def load_newest(folder: Path) -> Checkpoint | None:
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
         try:
-            verify(path)
+            return load_checkpoint(path)
         except CheckpointError as error:
             console.warn(f"{error}; using the one before it")
-            continue
-        best = path / "best.safetensors"
-        return Checkpoint(
-            weights=load_tensors(path / "weights.safetensors"),
-            optimizer=load_tensors(path / "optimizer.safetensors"),
-            best=load_tensors(best) if best.exists() else None,
-            state=json.loads((path / "state.json").read_text()),
-        )
     if paths:
-        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged")
+        raise CheckpointError(
+            f"{folder}: all {len(paths)} checkpoints are damaged; begin anew with another --out"
+        )
     return None

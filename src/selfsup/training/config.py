@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
+LEAST = {
+    **dict.fromkeys(("batch_size", "accumulate", "log_every", "valid_batches"), 1),
+    **dict.fromkeys(("checkpoint_every", "checkpoints"), 1),
+    **dict.fromkeys(("evaluations", "patience", "lr", "eps", "weight_decay", "clip"), 0),
+}
+"""The smallest value that a key may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +78,17 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         budgets = [b for b in (self.steps, self.tokens, self.minutes) if b is not None]
-        if len(budgets) != 1 or budgets[0] <= 0:
+        if len(budgets) != 1 or not budgets[0] > 0:
             raise ValueError("give exactly one positive budget: steps, tokens or minutes")
-        for name in ("batch_size", "accumulate", "log_every", "checkpoint_every", "checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if len(self.betas) != 2:
-            raise ValueError("betas needs two numbers")
+        for name, least in LEAST.items():
+            if not getattr(self, name) >= least:  # so written, NaN is refused too
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas needs two numbers from 0 up to 1, got {list(self.betas)}")
         if not 0 <= self.warmup < 1:
             raise ValueError("warmup is a share of the budget, from 0 up to 1")
+        for name in ("decay", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
+        if self.evaluations == 0 and (self.keep == "best" or self.patience):
+            raise ValueError("keep = 'best' and patience look at evaluations, of which there are 0")

@@ -17,9 +17,12 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"training.device = {name!r}, but torch sees no GPU; use device='cpu'")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"training.device = {name!r} is no torch device") from error
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= torch.cuda.device_count() > 0:
+        raise ConfigError(f"training.device = {name!r}: known are auto, cpu, cuda and cuda:N")
+    return device
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

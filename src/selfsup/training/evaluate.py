@@ -3,6 +3,7 @@
 import torch
 
 from selfsup.data.dataset import Dataset
+from selfsup.errors import DivergedError
 from selfsup.objective import Objective
 from selfsup.randomness import Order, torch_generator
 from selfsup.training import guard
@@ -17,6 +18,9 @@ def evaluate(
 
     Also `effective_rank` and `spread` of the pooled features of the first batch. The caller chooses
     eval mode, autocast and no_grad.
+
+    Raises:
+        DivergedError: the loss is not finite.
     """
     order = Order(len(data), config.seed)
     sums: dict[str, float] = {}
@@ -28,6 +32,11 @@ def evaluate(
         batch = to_device(batch, device)
         generator = torch_generator(config.seed, "valid", number, device=device)
         output = objective.loss(batch, generator)
+        if not output.loss.isfinite():
+            raise DivergedError(
+                f"the held-out loss is {float(output.loss)}: the weights are of no use any more. "
+                "Begin anew, or resume from an earlier checkpoint, with a lower training.lr."
+            )
         weight = float(output.weight)
         for name, value in (("loss", output.loss), *output.metrics.items()):
             sums[name] = sums.get(name, 0.0) + float(value) * weight

@@ -11,7 +11,9 @@ model/           what a user keeps
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,23 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise ConfigError(f"{path} is in use by another selfsup process") from None
+        self._sweep()
 
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints lie."""
         return self.path / "checkpoints"
+
+    def _sweep(self) -> None:
+        """Removes what a killed process left half-written; nobody else writes here now."""
+        for folder in (self.path, self.checkpoints):
+            for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def warnings(self, texts: list[str]) -> None:
         """Replaces the list of warnings that the report shows."""
@@ -77,7 +90,11 @@ class Rows:
         with storage(path):
             self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
             if self.file.tell() < size:
-                raise CheckpointError(f"{path}: shorter than the checkpoint says; rows were lost")
+                self.file.close()
+                raise CheckpointError(
+                    f"{path}: shorter than the checkpoint says, so rows were lost; put the whole "
+                    "file back, or begin anew with another --out"
+                )
             self.file.truncate(size)
             self.file.seek(size)
             self.rows = [json.loads(line) for line in path.read_bytes().splitlines()]
@@ -101,4 +118,5 @@ class Rows:
     def close(self) -> None:
         """Lets the file go; the rows stay."""
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # what could not be written was reported by `add`
+                self.file.close()

@@ -17,7 +17,7 @@ from selfsup.batch import Batch
 from selfsup.data.dataset import Dataset
 from selfsup.errors import ConfigError, DivergedError, Interrupted
 from selfsup.objective import Objective, Output
-from selfsup.randomness import Order, isolated, seed_layers, torch_generator
+from selfsup.randomness import Batches, Order, isolated, seed_layers, torch_generator
 from selfsup.training import guard
 from selfsup.training.checkpoint import (
     Checkpoint,
@@ -112,7 +112,7 @@ def train(
                 run.count(outputs, weight, norm)
             run.optimizer.zero_grad(set_to_none=True)
             run.advance(micro_batches)
-            if position.step % config.log_every == 0:
+            if position.step % config.log_every == 0 or run.finished():
                 run.log(bar)
             if run.evaluation_due():
                 run.evaluate()
@@ -169,18 +169,20 @@ class _Run:
         load_weights(self.objective, found.weights, str(self.folder.checkpoints))
         load_optimizer(self.objective, self.optimizer, found.optimizer)
         self.best = found.best or {}
-        self.position = Position(**found.state)
+        self.position = position = Position(**found.state)
+        # a prolonged budget is looked at as often as one that was so long from the beginning
+        due = 1 + int(position.progress(self.config) * self.config.evaluations + 1e-9)
+        position.evaluations = min(position.evaluations, due)
         console.say(f"resuming {self.folder.path} at step {self.position.step}")
 
     def fetch(self) -> Iterator[list[Batch]]:
         """Batches from the current step on, built one step ahead in a thread of their own."""
         order = Order(len(self.data), self.config.seed)
-        size, accumulate = self.config.batch_size, self.config.accumulate
+        numbers = Batches(order, self.config.batch_size, self.data.lengths)
+        accumulate = self.config.accumulate
 
         def load(step: int) -> list[Batch]:
-            first = step * accumulate * size
-            starts = range(first, first + accumulate * size, size)
-            return [self.data.batch(order[start : start + size]) for start in starts]
+            return [self.data.batch(numbers[step * accumulate + i]) for i in range(accumulate)]
 
         with ThreadPoolExecutor(1, thread_name_prefix="data") as executor:
             ahead = executor.submit(load, self.position.step)

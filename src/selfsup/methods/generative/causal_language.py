@@ -106,7 +106,7 @@ class CausalLanguage(Objective):
     >>> encoder = TransformerEncoder(Model(dim=8, layers=1, heads=2, causal=True), vocabulary)
     >>> method = CausalLanguage(Config(), encoder, vocabulary).eval()
     >>> prompt = {"tokens": torch.tensor([[5, 7, 2]])}
-    >>> method.generate(prompt, 4, torch.Generator(), temperature=0).shape
+    >>> method.generate(prompt, 4, torch.Generator(), temperature=0.0).shape
     torch.Size([1, 4])
     """
 
@@ -221,8 +221,8 @@ class CausalLanguage(Objective):
             going = going & (token != end)
             if not going.any():
                 break
-            # an ended row reads padding from here on: it is masked, and its draws are thrown away
-            batch = {"tokens": written[:, place : place + 1], "mask": going.unsqueeze(1)}
+            # an ended row goes on reading padding; what it draws then is thrown away
+            batch = {"tokens": written[:, place : place + 1]}
         return written
 
     def _last_logits(self, batch: Batch, cache: Cache) -> Float[Tensor, "batch vocabulary"]:

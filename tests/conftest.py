@@ -1,0 +1,174 @@
+"""What many test files share: a small corpus, its recipes, and real processes that start at once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+THINGS = ("film", "book", "song", "story", "meal", "place", "game", "trip")
+GOOD = ("wonderful", "great", "lovely", "bright", "charming")
+BAD = ("terrible", "dull", "awful", "boring", "gloomy")
+MASKED = """
+[recipe]
+summary = "a masked language model of the tests"
+[data]
+name = "text"
+row_length = 16
+split_documents = "line"
+valid_fraction = 0.1
+[data.tokenizer]
+vocab_size = 150
+[model]
+name = "transformer"
+dim = 16
+layers = 1
+heads = 2
+dropout = 0.1
+[method]
+name = "masked_language"
+[training]
+steps = 60
+batch_size = 8
+lr = 5e-3
+log_every = 5
+checkpoint_every = 20
+evaluations = 3
+precision = "float32"
+device = "cpu"
+"""
+CAUSAL = MASKED.replace('"masked_language"', '"causal_language"').replace(
+    "heads = 2", 'heads = 2\ncausal = true\npooling = "last"'
+)
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    """(sentence, "good" or "bad"): the adjectives of a sentence agree, so context tells."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    out = []
+    for _ in range(count):
+        label, words = (("good", GOOD), ("bad", BAD))[draw.integers(2)]
+        first, second = (words[i] for i in draw.choice(len(words), 2, replace=False))
+        thing = THINGS[draw.integers(len(THINGS))]
+        out.append((f"the {thing} was {first} and the end of the {thing} was {second} .", label))
+    return out
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files that tests read and never change."""
+
+    text: Path
+    labelled: Path
+    test: Path
+    masked: Path
+    causal: Path
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Iterator[Corpus]:
+    """600 sentences, 120 labelled ones, 40 to test with, two recipes; the cache is in there too."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text("".join(f"{text}\n" for text, _ in sentences(600, 0)))
+    for name, count, seed in (("labelled", 120, 1), ("test", 40, 2)):
+        lines = [f"{text},{label}\n" for text, label in sentences(count, seed)]
+        (folder / f"{name}.csv").write_text("".join(["text,label\n", *lines]))
+    (folder / "masked.toml").write_text(MASKED)
+    (folder / "causal.toml").write_text(CAUSAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SELFSUP_CACHE", str(folder / "cache"))
+        yield Corpus(
+            folder / "text.txt",
+            folder / "labelled.csv",
+            folder / "test.csv",
+            folder / "masked.toml",
+            folder / "causal.toml",
+            folder / "cache",
+        )
+
+
+# A process that has imported everything and forks one child per command line.
+SERVER = """
+import json, os, sys
+import torch
+import selfsup.api
+from selfsup.cli import main
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # the first one imports for two seconds
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if "pid" in order:
+        pid, status = os.waitpid(order["pid"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        for number, path in enumerate((os.devnull, order["out"], order["err"])):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+        sys.stdin = open(0, closefd=False)
+        sys.argv = ["selfsup", *order["arguments"]]
+        sys.exit(main())
+    print(json.dumps(pid), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A real process that runs one command line."""
+
+    pid: int
+    out: Path
+    err: Path
+    ask: Callable[[dict], object]
+
+    def wait(self, seconds: float = 60) -> int:
+        """The exit code; minus the signal's number where a signal ended it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            code = self.ask({"pid": self.pid})
+            if code is not None:
+                return code
+            time.sleep(0.005)
+        os.kill(self.pid, 9)
+        raise TimeoutError(f"still running after {seconds} s: {self.err.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def launch(corpus, tmp_path_factory) -> Iterator[Callable[..., Child]]:
+    """Starts `selfsup ARGUMENTS` as a process of its own, in milliseconds."""
+    folder = tmp_path_factory.mktemp("processes")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    count = iter(range(10**9))
+
+    def ask(order: dict) -> object:
+        server.stdin.write(json.dumps(order) + "\n")
+        server.stdin.flush()
+        return json.loads(server.stdout.readline())
+
+    def launch(*arguments: object) -> Child:
+        number = next(count)
+        out, err = folder / f"{number}.out", folder / f"{number}.err"
+        words = [str(argument) for argument in arguments]
+        pid = ask({"arguments": words, "out": str(out), "err": str(err)})
+        return Child(pid, out, err, ask)
+
+    with server:
+        yield launch
+        server.stdin.close()

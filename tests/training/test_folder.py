@@ -1,0 +1,235 @@
+"""A run's folder: held by one process, cut back to its checkpoint, gone on with bit-equally."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+import torch
+
+from selfsup.errors import CheckpointError, ConfigError, StorageError
+from selfsup.training.checkpoint import checkpoint_paths, load_newest
+from selfsup.training.folder import Rows, RunFolder
+from selfsup.training.loop import train
+
+CLOCK = {"seconds", "speed_bytes"}
+
+
+class Stopping:
+    """Data that end the program when the batch of step `step` is used."""
+
+    def __init__(self, data, step: int):
+        self.data, self.fields, self.lengths = data, data.fields, data.lengths
+        self.left = step
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, numbers):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.data.batch(numbers)
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """Trains in a folder; `stop`: the step before which the program ends."""
+
+    def run(name: str, resume: bool = False, stop: int | None = None, seed: int = 0, **keys):
+        data = toy.Rows(20) if stop is None else Stopping(toy.Rows(20), stop)
+        objective, folder = toy.build(seed, dropout=0.3), RunFolder(tmp_path / name, resume)
+        try:
+            config = toy.config(**{"steps": 12, "checkpoint_every": 4, "evaluations": 4, **keys})
+            train(objective, data, toy.Rows(9, seed=1), config, folder)
+        except KeyboardInterrupt:
+            assert stop is not None
+        finally:
+            folder.close()
+        return toy.weights(objective)
+
+    return run
+
+
+def equal(toy, one, other) -> None:
+    """Two run folders hold the same run, but for the clock."""
+    ours, theirs = (load_newest(path / "checkpoints") for path in (one, other))
+    toy.same(ours.weights, theirs.weights)
+    toy.same(ours.optimizer, theirs.optimizer)
+    states = [{k: v for k, v in c.state.items() if k not in CLOCK} for c in (ours, theirs)]
+    assert states[0] == states[1]
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("keys", [{}, {"tokens": 200, "steps": None}, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_run_that_was_cut_twice_is_bit_equal(toy, run, tmp_path, keys, keep):
+    keys = {**keys, "keep": keep, "log_every": 3}
+    accumulate = keys.get("accumulate", 1)
+    expected = run("whole", **keys)
+    run("cut", stop=6 * accumulate, **keys)
+    assert [p.name for p in checkpoint_paths(tmp_path / "cut" / "checkpoints")] == ["step-00000004"]
+    run("cut", resume=True, stop=5 * accumulate, seed=1, **keys)
+    got = run("cut", resume=True, seed=2, **keys)
+    equal(toy, tmp_path / "whole", tmp_path / "cut")
+    toy.same(got, expected)
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(toy, run, tmp_path):
+    run("whole")
+    run("cut", stop=2)
+    assert (tmp_path / "cut" / "metrics.jsonl").stat().st_size > 0
+    run("cut", resume=True)
+    equal(toy, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_finished_run_is_left_as_it_is(toy, run, tmp_path):
+    expected = run("run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    toy.same(run("run", resume=True, seed=5), expected)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_prolonged_run_goes_on_and_is_evaluated(run, tmp_path):
+    run("run", steps=6)
+    run("run", steps=12, resume=True)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "train"] == list(range(1, 13))
+    assert [r["step"] for r in rows if r["split"] == "valid"] == [0, 2, 3, 5, 6, 9, 12]
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(toy, run, tmp_path, capsys):
+    run("whole")
+    run("cut", stop=10)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000008" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    capsys.readouterr()
+    run("cut", resume=True)
+    said = capsys.readouterr().err
+    assert "step-00000008: optimizer.safetensors is damaged" in said
+    assert "at step 4" in said
+    equal(toy, tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_folder_that_exists_is_refused(run, tmp_path):
+    run("run", steps=1)
+    with pytest.raises(ConfigError, match=r"run exists already: give --resume"):
+        RunFolder(tmp_path / "run")
+
+
+def test_a_folder_that_only_holds_a_lock_is_new(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file; --out needs a folder"):
+        RunFolder(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run")
+
+
+def test_two_processes_cannot_hold_one_folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    code = (
+        "import sys; from pathlib import Path; from selfsup.training.folder import RunFolder; "
+        "RunFolder(Path(sys.argv[1]), resume=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode != 0
+    assert "ConfigError" in second.stderr
+    assert "is in use by another selfsup process" in second.stderr
+    folder.close()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".step-00000005.77.tmp").mkdir(parents=True)
+    (checkpoints / ".step-00000005.77.tmp" / "weights.safetensors").write_bytes(b"half")
+    (checkpoints / ".step-00000005.77.old").mkdir()
+    (checkpoints / "step-00000004").mkdir()
+    (tmp_path / "run" / ".run.toml.77.tmp").write_text("half")
+    (tmp_path / "run" / ".mine").write_text("not ours")
+    RunFolder(tmp_path / "run", resume=True).close()
+    assert [p.name for p in checkpoints.iterdir()] == ["step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", ".mine", "checkpoints"]
+
+
+def test_rows_are_cut_back_to_the_checkpoint(tmp_path):
+    rows = Rows(tmp_path / "rows")
+    rows.add({"step": 1})
+    size = rows.flushed_size()
+    rows.add({"step": 2})
+    rows.close()
+    with open(tmp_path / "rows", "ab") as file:
+        file.write(b'{"st')
+    again = Rows(tmp_path / "rows", size)
+    assert again.rows == [{"step": 1}]
+    again.add({"step": 3})
+    again.close()
+    assert (tmp_path / "rows").read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_rows_that_were_lost_are_an_error(tmp_path):
+    (tmp_path / "rows").write_text('{"step": 1}\n')
+    with pytest.raises(CheckpointError, match="rows were lost; put the whole file back"):
+        Rows(tmp_path / "rows", 13)
+
+
+@pytest.mark.parametrize(
+    ("room", "every", "last"), [(0, 1000, 20), (12, 3, 6)], ids=["a row", "a checkpoint"]
+)
+def test_a_full_disk_stops_the_run_and_leaves_it_resumable(toy, tmp_path, room, every, last):
+    """A real file system that another program fills up to `room` KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(tmp_path)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+
+    def go_on(data, every: int = 3, resume: bool = True) -> list[dict]:
+        config = toy.config(steps=60, checkpoint_every=every, checkpoints=1)
+        with closing(RunFolder(tmp_path / "run", resume)) as folder:
+            return train(toy.build(), data, None, config, folder)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go_on(Stopping(toy.Rows(20), 4), resume=False)
+        _fill(tmp_path / "other", room)
+        with pytest.raises(StorageError, match="no space left"):
+            go_on(toy.Rows(20), every)
+        rows = (tmp_path / "run" / "metrics.jsonl").read_bytes().count(b"\n")
+        assert last <= rows < last + 30
+        assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+        (tmp_path / "other").unlink()
+        assert [row["step"] for row in go_on(toy.Rows(20))] == list(range(1, 61))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def _fill(path, room: int) -> None:
+    """Writes zeros to the end of the disk, then gives `room` KiB back."""
+    with open(path, "wb", buffering=0) as file:
+        while file.tell() < 2**20:
+            try:
+                file.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC  # noqa: PT017
+                break
+        file.truncate(file.tell() - 1024 * room)
+
+
+def test_training_without_a_folder_writes_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_rng_state()
+    train(toy.build(), toy.Rows(9), toy.Rows(9), toy.config(checkpoint_every=1))
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(torch.get_rng_state(), before)
