@@ -5,7 +5,7 @@
 | .txt      | the file; `split` makes it a line, or what blank lines separate    |
 | .jsonl    | a line: an object with the text column, or a string                |
 | .json     | an element of the list, or of objects written one after another    |
-| .csv .tsv | a row; the first row names the columns                             |
+| .csv .tsv | a row; the first row names the columns; .tsv knows no quotes       |
 | .parquet  | a row                                                              |
 
 Each also with .gz, .xz or .zst behind it. Nothing is held whole in memory but one record; errors
@@ -140,8 +140,10 @@ def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
 def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
     with _text(path, newline="") as stream:
-        # Strict: otherwise a forgotten quote swallows the rest of the file in silence.
-        rows = csv.reader(stream, delimiter=delimiter, strict=True)
+        # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a quote
+        # is a character, as in GLUE and as labelled files are read.
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        rows = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             header = next(rows, None)
             if header is None:
@@ -154,7 +156,8 @@ def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
                     if len(row) != len(header):
                         raise DataError(
                             f"{path}:{line}: {len(row)} fields, but the first row names "
-                            f"{len(header)}; quote texts that hold {delimiter!r}"
+                            f"{len(header)}; a text that holds {delimiter!r} is quoted in .csv, "
+                            "and cannot stand in .tsv"
                         )
                     yield line, row[place]
                 line = rows.line_num + 1

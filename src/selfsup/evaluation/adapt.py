@@ -37,10 +37,10 @@ class Adapted:
 def default_training(num_labels: int, dim: int) -> TrainingConfig:
     """A fine-tuning schedule by number of labelled examples and width of the encoder.
 
-    At least 300 steps of 16 examples, or five passes over the labels; the learning rate falls with
+    At least 200 steps of 16 examples, or five passes over the labels; the learning rate falls with
     the width, 1e-3 at 128 (small encoders) to 5e-5 at 768 and above (BERT, section A.3).
     """
-    steps = max(300, -(-PASSES * num_labels // 16))
+    steps = max(200, -(-PASSES * num_labels // 16))
     lr = 1e-3 if dim <= 256 else 2e-4 if dim < 768 else 5e-5
     return TrainingConfig(
         steps=steps,

@@ -5,11 +5,14 @@ for each arm and each number of labels on validation data, with the first seed; 
 read once per trained model, after that choice.
 """
 
+import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 
 from selfsup import console, registry
 from selfsup.data.labels import Labelled, LabelledText, read, split, subset
-from selfsup.errors import ConfigError, DataError
+from selfsup.errors import ConfigError, DataError, LimitError
 from selfsup.evaluation.adapt import adapt, default_training, score
 from selfsup.evaluation.baselines import fit_baseline
 from selfsup.evaluation.metrics import METRICS, interval
@@ -300,8 +303,17 @@ _worker: list[_Trainer] = []
 
 
 def _start_worker(*arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker[:] = [_Trainer(*arguments)]
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent was killed: it would train on for nobody."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train_in_worker(cell: Cell) -> Result:
@@ -318,8 +330,14 @@ def _quietly(trainer: _Trainer):
 
 def _collect(workers, cells: list[Cell], bar: console.Progress) -> list[Result]:
     results = []
-    for result in workers(cells):
-        results.append(result)
-        cell = result.cell
-        bar.advance(1, f"{cell.arm}, {cell.labels} labels, seed {cell.seed}: {result.valid:.3f}")
+    try:
+        for result in workers(cells):
+            results.append(result)
+            cell = result.cell
+            what = f"{cell.arm}, {cell.labels} labels, seed {cell.seed}"
+            bar.advance(1, f"{what}: {result.valid:.3f}")
+    except BrokenProcessPool as error:
+        raise LimitError(
+            "a training process was killed, perhaps for lack of memory; use fewer --jobs"
+        ) from error
     return results

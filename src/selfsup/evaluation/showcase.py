@@ -105,6 +105,8 @@ def embedding_map(model: Model, untrained: Encoder, labelled: Labelled) -> dict[
 
 
 def _flatten(vectors: np.ndarray) -> list[list[float]]:
+    if len(vectors) < 3:  # too few to be near or far
+        return [[float(place), 0.0] for place in range(len(vectors))]
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

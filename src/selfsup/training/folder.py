@@ -34,13 +34,13 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool = False):
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file; --out needs a folder")
-        if not resume and path.exists() and any(p.name != ".lock" for p in path.iterdir()):
-            raise ConfigError(
-                f"{path} exists already: give --resume to go on with it, or another --out"
-            )
         with storage(path):
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"{path} is a file; --out needs a folder")
+            if not resume and path.exists() and any(p.name != ".lock" for p in path.iterdir()):
+                raise ConfigError(
+                    f"{path} exists already: give --resume to go on with it, or another --out"
+                )
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115 (held for the object's life)
         try:
