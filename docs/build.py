@@ -14,13 +14,12 @@ import re
 import sys
 from pathlib import Path
 
-from selfsup.evaluation.metrics import interval
+from selfsup.report.evidence import arm_name, interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- result: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", "README.zh.md", "docs/results.md")
-NAMES = {"pretrained": "pre-trained", "scratch": "from scratch", "baseline": "classical baseline"}
 
 
 def table(name: str) -> str:
@@ -38,12 +37,12 @@ def comparison(result: dict) -> str:
     """Arms by number of labels: mean and 95% interval over the seeds."""
     arms = result["scores"]
     lines = [
-        f"| labels | {' | '.join(NAMES.get(arm, arm) for arm in arms)} |",
+        f"| labels | {' | '.join(arm_name(arm) for arm in arms)} |",
         f"|---|{'---|' * len(arms)}",
     ]
     for count in map(str, result["label_counts"]):
         cells = [interval(scores[count]) for scores in arms.values()]
-        shown = [f"{mean:.3f} ({low:.3f} to {high:.3f})" for mean, low, high in cells]
+        shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in cells]
         lines.append(f"| {count} | {' | '.join(shown)} |")
     what = f"{result['task']}, {result['metric']} on {result['test_size']:,} test examples"
     return f"{what}, mean and 95% interval:\n\n" + "\n".join(lines)
@@ -54,7 +53,9 @@ def numbers(scores: dict) -> str:
     lines = ["| | |", "|---|---|"]
     for key, value in scores.items():
         if isinstance(value, dict):
-            inner = ", ".join(f"{k} {v:.4g}" for k, v in value.items() if isinstance(v, int | float))
+            inner = ", ".join(
+                f"{k} {v:.4g}" for k, v in value.items() if isinstance(v, int | float)
+            )
             lines.append(f"| {key} | {inner} |")
         else:
             lines.append(f"| {key} | {value:.4g} |")

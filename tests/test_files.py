@@ -85,9 +85,10 @@ def test_a_full_disk_is_a_storage_error_that_says_what_to_do(full_disk):
 def test_a_full_disk_leaves_the_old_folder(full_disk):
     with whole_folder(full_disk / "run") as aside:
         (aside / "a").write_text("old")
-    with pytest.raises(StorageError, match="run: no space left"), whole_folder(
-        full_disk / "run"
-    ) as aside:
+    with (
+        pytest.raises(StorageError, match="run: no space left"),
+        whole_folder(full_disk / "run") as aside,
+    ):
         (aside / "a").write_text("new")
         (aside / "b").write_bytes(b"x" * 200_000)
     assert names(full_disk) == ["run"]

@@ -29,7 +29,7 @@ from selfsup.training.evaluate import evaluate as held_out_loss
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
-Columns = dict[str, str | None]
+Columns = dict[str, Any]
 KEPT = ("data", "model", "method")  # sections that a model folder keeps and a resumed run repeats
 IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the same
 
@@ -343,7 +343,6 @@ def compare(
     counts = settings.pop("label_counts", None) or _default_counts(len(labels.train))
     chosen = comparison.Settings(task=task, label_counts=tuple(counts), **settings)
     result = comparison.compare(run, labels, chosen)
-    result["verdict"] = comparison.verdict(result)
     result["command"] = _command()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
@@ -360,19 +359,24 @@ def _default_counts(available: int) -> list[int]:
     return [n for n in (50, 300, 2000) if n <= available] or [available]
 
 
-def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def report(
+    runs: Sequence[str | Path], out: str | Path | None = None, figure: str | Path | None = None
+) -> Path:
     """Writes one self-contained HTML page about one run or several.
 
     Args:
         runs: run folders.
         out: the file; by default report.html in the (first) run folder.
+        figure: also draw the first run's comparison as a PNG, for a README.
     """
-    from selfsup.report import write_report
+    from selfsup.report import write_figure, write_report
 
     paths = [Path(run) for run in runs]
     for path in paths:
         if not (path / "run.toml").is_file():
             raise CheckpointError(f"{path}: no run.toml; is it a run folder?")
+    if figure is not None:
+        write_figure(paths[0] / "compare.json", Path(figure))
     return write_report(paths, Path(out) if out else paths[0] / "report.html")
 
 
@@ -399,7 +403,7 @@ def record_pretraining(name: str, run: Path) -> None:
 
 def record_comparison(name: str, result: dict[str, Any]) -> None:
     """Records a comparison in docs/results."""
-    keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "verdict")
+    keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "baseline_names")
     results.record(
         name,
         command=_command(),

@@ -225,6 +225,7 @@ def _add_looking_verbs(verbs: Any) -> None:
     )
     p.add_argument("models", nargs="+", help="run folders")
     p.add_argument("--out", help="the file (default: report.html in the first run)")
+    p.add_argument("--figure", metavar="PNG", help="also draw the first run's comparison")
 
     p = _verb(
         verbs,
@@ -340,23 +341,29 @@ def _compare(options: argparse.Namespace) -> None:
     )
     if options.record:
         api.record_comparison(options.record, result)
-    _print_comparison(result)
+    _print_comparison(Path(options.out) if options.out else Path(options.model) / "compare.json")
     console.say(f"next: selfsup report {options.model}")
 
 
-def _print_comparison(result: dict[str, Any]) -> None:
+def _print_comparison(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from selfsup.evaluation.metrics import interval
+    from selfsup.report.evidence import arm_name, arm_order, interval, verdict
+    from selfsup.report.runs import read_compare
 
-    title = f"{result['metric']} on {result['test_size']:,} test examples"
-    table = Table("labels", *result["arms"], title=title)
-    for count in map(str, result["label_counts"]):
-        row = [interval(scores[count]) for scores in result["arms"].values()]
-        table.add_row(count, *(f"{mean:.3f}  [{low:.3f}, {high:.3f}]" for mean, low, high in row))
+    compare = read_compare(path)
+    arms = arm_order(compare)
+    table = Table("labels", *map(arm_name, arms), title=f"{compare.metric}, mean and 95% interval")
+    for count in compare.label_counts:
+        cells = [interval(compare.scores[arm][count]) for arm in arms]
+        shown = [
+            f"{mean:.3f}" + (f" ±{half:.3f}" if half is not None else "") for mean, half in cells
+        ]
+        table.add_row(f"{count:,}", *shown)
     Console().print(table)
-    print(result["verdict"])
+    words = verdict(compare, compare.label_counts[0])
+    print(f"{words.headline}\n{words.conclusion}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -434,7 +441,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from selfsup import api
 
-    print(api.report(options.models, options.out))
+    print(api.report(options.models, options.out, options.figure))
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -178,7 +178,10 @@ class Model:
             ConfigError: the encoder has no such layer.
             DataError: an item is empty; its number is named.
         """
-        if layer is not None and not -self.encoder.num_layers - 1 <= layer <= self.encoder.num_layers:
+        if (
+            layer is not None
+            and not -self.encoder.num_layers - 1 <= layer <= self.encoder.num_layers
+        ):
             raise ConfigError(f"layer must be from 0 to {self.encoder.num_layers}, got {layer}")
         out = np.empty((len(items), self.encoder.dim), dtype=np.float32)
         for numbers, batch in self._batches(items, batch_size):

@@ -2,13 +2,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from selfsup.evaluation.metrics import (
     METRICS,
     accuracy,
     f1_binary,
-    interval,
     macro_f1,
     matthews,
     pearson,
@@ -139,23 +137,3 @@ def test_metrics_give_plain_floats():
 
 def test_perplexity():
     assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
-
-
-def test_interval():
-    mean, low, high = interval([1.0, 2.0, 4.0])
-    slow = stats.ttest_1samp([1.0, 2.0, 4.0], 0.0).confidence_interval(0.95)
-    assert mean == pytest.approx(7 / 3)
-    assert (low, high) == pytest.approx((slow.low, slow.high))
-    assert interval([0.5])[0] == 0.5
-    assert all(math.isnan(end) for end in interval([0.5])[1:])
-    with pytest.raises(ValueError, match="at least one"):
-        interval([])
-
-
-def test_interval_covers_the_truth_as_often_as_it_says():
-    generator = numpy_generator(0, "seeds")
-    inside = 0
-    for _ in range(1000):
-        _, low, high = interval(generator.normal(3.0, 2.0, 4).tolist())
-        inside += low < 3.0 < high
-    assert 0.93 < inside / 1000 < 0.97

@@ -45,9 +45,7 @@ def test_a_budget_in_tokens_ends_with_the_step_that_spends_it(toy):
 
 def test_a_budget_in_minutes_ends_on_time(toy):
     started = time.monotonic()
-    rows = train(
-        toy.build(), toy.Rows(10), toy.Rows(4), toy.config(minutes=0.01, evaluations=4)
-    )
+    rows = train(toy.build(), toy.Rows(10), toy.Rows(4), toy.config(minutes=0.01, evaluations=4))
     seconds = time.monotonic() - started
     assert seconds >= 0.6
     assert seconds < 3  # 0.6 s and a slow machine

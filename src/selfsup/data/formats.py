@@ -140,8 +140,8 @@ def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
 def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
     with _text(path, newline="") as stream:
-        # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a quote
-        # is a character, as in GLUE and as labelled files are read.
+        # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
+        # quote is a character, as in GLUE and as labelled files are read.
         quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         rows = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         try:

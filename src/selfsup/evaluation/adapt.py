@@ -102,6 +102,7 @@ def answers(
     """Truth and prediction of every example; for tagging of every word, -1 where it was cut off."""
     device = next(task.parameters()).device
     dtype = pick_dtype("auto", device)
+    assert data.lengths is not None
     order = np.argsort(data.lengths, kind="stable")
     truth: list[np.ndarray] = [np.empty(0)] * len(data)
     guess: list[np.ndarray] = [np.empty(0)] * len(data)

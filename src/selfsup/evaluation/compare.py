@@ -6,6 +6,7 @@ read once per trained model, after that choice.
 """
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ import torch
 
 from selfsup import console, registry
 from selfsup.data.labels import Labelled, LabelledText, read, split, subset
-from selfsup.errors import ConfigError, DataError, LimitError
+from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
 from selfsup.evaluation.adapt import adapt, default_training, score
 from selfsup.evaluation.baselines import fit_baseline
-from selfsup.evaluation.metrics import METRICS, interval
+from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import Model, build_encoder, load_model
 from selfsup.models.encoder import Encoder
 from selfsup.randomness import Order
@@ -174,6 +175,7 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
         "task": settings.task,
         "metric": registry.resolve(registry.TASKS, "task", settings.task).metric,
         "test_size": len(labels.test),
+        "unit": "sentences" if settings.task == "tagging" else "examples",
         "label_counts": list(settings.label_counts),
         "arms": {**{arm: _scores(results, arm, settings) for arm in ARMS}, "baseline": baseline},
         "seconds": round(time.monotonic() - started, 1),
@@ -186,20 +188,6 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
         "sweep": [{**vars(r.cell), "valid": r.valid} for r in swept],
         "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place)],
     }
-
-
-def verdict(comparison: dict[str, Any]) -> str:
-    """One plain sentence: the smallest number of labels, all arms, who wins."""
-    count = str(comparison["label_counts"][0])
-    mean = {arm: interval(scores[count]) for arm, scores in comparison["arms"].items()}
-    gain = mean["pretrained"][0] - mean["scratch"][0]
-    apart = mean["pretrained"][1] > mean["scratch"][2] or mean["scratch"][1] > mean["pretrained"][2]
-    sure = "" if apart else ", within the noise of the seeds"
-    return (
-        f"With {count} labelled examples: {mean['pretrained'][0]:.3f} pre-trained, "
-        f"{mean['scratch'][0]:.3f} from scratch ({gain:+.3f}{sure}), "
-        f"{mean['baseline'][0]:.3f} classical baseline ({comparison['metric']})."
-    )
 
 
 def _place(result: Result) -> tuple[str, int, int]:
@@ -303,6 +291,7 @@ _worker: list[_Trainer] = []
 
 
 def _start_worker(*arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent says what there is to say
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker[:] = [_Trainer(*arguments)]
@@ -317,7 +306,10 @@ def _end_with_parent() -> None:
 
 
 def _train_in_worker(cell: Cell) -> Result:
-    return _quietly(_worker[0])(cell)
+    try:
+        return _quietly(_worker[0])(cell)
+    except Interrupted as stop:
+        os._exit(stop.exit_code)
 
 
 def _quietly(trainer: _Trainer):

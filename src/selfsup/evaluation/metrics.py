@@ -148,28 +148,6 @@ def perplexity(log_probabilities: Sequence[float]) -> float:
     return math.exp(-statistics.fmean(log_probabilities))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds and its 95% confidence interval by Student's t: (mean, low, high).
-
-    The interval assumes roughly normal, independent values: it covers the variation between seeds,
-    not that between test examples. One value has no interval: low and high are NaN.
-
-    >>> [round(x, 2) for x in interval([0.7, 0.8, 0.9])]
-    [0.8, 0.55, 1.05]
-
-    Raises:
-        ValueError: there is no value.
-    """
-    if len(values) == 0:
-        raise ValueError("an interval needs at least one value")
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, math.nan, math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return mean, mean - half, mean + half
-
-
 METRICS: dict[str, Callable[[Labels, Labels], float]] = {
     "accuracy": accuracy,
     "macro_f1": macro_f1,
