@@ -142,8 +142,10 @@ def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
     with _text(path, newline="") as stream:
         # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
         # quote is a character, as in GLUE and as labelled files are read.
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.reader(stream, delimiter=delimiter, quoting=quoting, strict=True)
+        if delimiter == "\t":
+            rows = csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+        else:
+            rows = csv.reader(stream, delimiter=delimiter, strict=True)
         try:
             header = next(rows, None)
             if header is None:

@@ -90,6 +90,7 @@ class PairRows(Dataset):
     """
 
     fields: tuple[str, ...] = ("tokens", "segments", "mask", "index")
+    lengths: np.ndarray  # tokens of both spans
 
     def __init__(self, stream: np.ndarray, vocabulary: Vocabulary, row_length: int):
         self.stream, self.vocabulary = stream, vocabulary
