@@ -1,8 +1,8 @@
 """What was the pre-training worth: pre-trained, the same network from scratch, and a classical one.
 
 Every arm sees the same labelled subsets, test part and number of steps. Learning rates are chosen
-for each arm and each number of labels on validation data, with the first seed; the test part is
-read once per trained model, after that choice.
+for each arm and each number of labels on validation data, with the first seed; the test part chooses
+nothing.
 """
 
 import os
@@ -89,22 +89,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model of the comparison."""
+    """One trained model of the comparison; the classical baseline has no learning rate."""
 
     arm: str
     labels: int
     seed: int
-    lr: float
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one cell gave: validation and test score, and its training curve."""
+    """What one cell gave: validation and test score, training curve, a baseline's name."""
 
     cell: Cell
     valid: float
     test: float
     curve: dict[str, list[float]] = field(default_factory=dict)
+    name: str = ""
 
 
 def read_labels(
@@ -150,13 +151,16 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
             f"--labels asks for {max(settings.label_counts)}"
         )
     first, *others = settings.seeds
+    classical = [
+        Cell("baseline", count, seed) for count in settings.label_counts for seed in settings.seeds
+    ]
     sweep = [
         Cell(arm, count, first, lr)
         for count in settings.label_counts
         for arm in ARMS
         for lr in settings.lrs
     ]
-    num_rest = len(ARMS) * len(settings.label_counts) * len(others)
+    num_rest = len(ARMS) * len(settings.label_counts) * len(others) + len(classical)
     with (
         _workers(run, labels, settings) as workers,
         console.progress("comparing", len(sweep) + num_rest) as bar,
@@ -169,24 +173,26 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
             for arm in ARMS
             for seed in others
         ]
-        results = [*best.values(), *_collect(workers, rest, bar)]
-    baseline, baseline_names = _baselines(labels, settings)
+        results = [*best.values(), *_collect(workers, rest + classical, bar)]
     return {
         "task": settings.task,
         "metric": registry.resolve(registry.TASKS, "task", settings.task).metric,
         "test_size": len(labels.test),
         "unit": "sentences" if settings.task == "tagging" else "examples",
         "label_counts": list(settings.label_counts),
-        "arms": {**{arm: _scores(results, arm, settings) for arm in ARMS}, "baseline": baseline},
+        "arms": {arm: _scores(results, arm, settings) for arm in (*ARMS, "baseline")},
         "seconds": round(time.monotonic() - started, 1),
         "seeds": list(settings.seeds),
         "tuning": settings.tuning,
-        "baseline_names": baseline_names,
+        "baseline_names": {
+            str(n): [r.name for r in results if r.name and r.cell.labels == n]
+            for n in settings.label_counts
+        },
         "learning_rates": {
             arm: {str(n): best[arm, n].cell.lr for n in settings.label_counts} for arm in ARMS
         },
         "sweep": [{**vars(r.cell), "valid": r.valid} for r in swept],
-        "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place)],
+        "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place) if r.curve],
     }
 
 
@@ -206,21 +212,6 @@ def _scores(results: Sequence[Result], arm: str, settings: Settings) -> dict[str
         str(count): [round(by_place[arm, count, seed], 5) for seed in settings.seeds]
         for count in settings.label_counts
     }
-
-
-def _baselines(
-    labels: Labels, settings: Settings
-) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
-    scores: dict[str, list[float]] = {}
-    names: dict[str, list[str]] = {}
-    for count in settings.label_counts:
-        for seed in settings.seeds:
-            fitted = fit_baseline(subset(labels.train, count, seed), labels.valid)
-            score_here = metric(labels.test.labels, fitted.predict(labels.test.items))
-            scores.setdefault(str(count), []).append(round(score_here, 5))
-            names.setdefault(str(count), []).append(fitted.name)
-    return scores, names
 
 
 class _Trainer:
@@ -245,7 +236,13 @@ class _Trainer:
 
     def __call__(self, cell: Cell) -> Result:
         """Trains and scores one cell."""
-        settings = self.settings
+        settings, data = self.settings, subset(self.labels.train, cell.labels, cell.seed)
+        if cell.lr is None:
+            fitted = fit_baseline(data, self.labels.valid)
+            guess = fitted.predict(self.labels.test.items)
+            metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
+            test = metric(self.labels.test.labels, guess)
+            return Result(cell, fitted.score, test, name=fitted.name)
         training = default_training(cell.labels, self.model.encoder.dim)
         training = replace(
             training, seed=cell.seed, lr=cell.lr, steps=settings.steps or training.steps
@@ -256,7 +253,7 @@ class _Trainer:
             self.model.preprocessor.tokenizer,
             settings.task,
             module.Config(),
-            subset(self.labels.train, cell.labels, cell.seed),
+            data,
             training,
             tuning=settings.tuning,
             max_length=settings.max_length,
