@@ -247,9 +247,9 @@ class Model:
         if not isinstance(self.objective, Generates):
             raise ConfigError(f"{self._kind()} cannot generate; use a causal_language run")
         tokenizer = self.preprocessor.tokenizer
-        ids = tokenizer.encode([prompt])[0] if prompt else np.zeros(0, dtype=np.int64)
-        # a document begins after the end of another
-        ids = np.concatenate([[tokenizer.vocabulary.sep], ids]).astype(np.int64)
+        ids = tokenizer.encode([prompt])[0].astype(np.int64)
+        if not len(ids):  # a document begins after the end of another
+            ids = np.array([tokenizer.vocabulary.sep])
         batch = to_device({"tokens": torch.from_numpy(ids).unsqueeze(0)}, self.device)
         generator = torch_generator(seed, "generate", device=self.device)
         with self._inference():
@@ -259,7 +259,7 @@ class Model:
         out = new[0].tolist()
         if tokenizer.vocabulary.sep in out:
             out = out[: out.index(tokenizer.vocabulary.sep)]
-        return tokenizer.decode([*ids[1:].tolist(), *out])
+        return tokenizer.decode([*(ids.tolist() if prompt else []), *out])
 
     def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
         """What the task says about each item.

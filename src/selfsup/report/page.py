@@ -215,9 +215,9 @@ def _next_steps(run: Run, anchor: str) -> str:
     if len(losses) > 4 and losses[-1] < losses[-3] - 0.005:
         steps.append("The validation loss was still falling at the end: train longer.")
     body = "".join(f"<li>{text(step)}</li>" for step in steps)
-    commands = [
-        (f"selfsup finetune {folder} --task classification --data train.csv", "Use all labels:"),
-    ]
+    task = run.compares[0].task if run.compares else "classification"
+    adapt = f"selfsup finetune {folder} --task {task} --data TRAIN --out {folder}-{task}"
+    commands = [(adapt, "Use all labels:")]
     if again:
         again += " --set training.seed=1"
         commands.append((again, "The same with another seed, to see how stable it is:"))
@@ -254,19 +254,19 @@ def _missing(run: Run, anchor: str) -> str:
                 not run.fills and not writes,
                 "fills.json",
                 "filled blanks",
-                f'selfsup fill {folder} "The [MASK] was late."',
+                pretrain,
             ),
             (
                 not run.samples and (writes or not run.kind),
                 "samples.json",
                 "texts that the model writes",
-                f'selfsup generate {folder} "Once upon a time"',
+                pretrain,
             ),
             (
                 not run.embeddings,
                 "embeddings.json",
                 "a map of embeddings",
-                f"selfsup embed {folder} --data texts.txt",
+                compare,
             ),
         ]
     lines = "".join(
