@@ -1,5 +1,7 @@
 """What many test files share: a small corpus, its recipes, and real processes that start at once."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,18 +30,20 @@ valid_fraction = 0.1
 vocab_size = 150
 [model]
 name = "transformer"
-dim = 16
+dim = 32
 layers = 1
 heads = 2
-dropout = 0.1
+embedding_std = 1.0
+init_std = 0.18
+dropout = 0.05
 [method]
 name = "masked_language"
 [training]
-steps = 60
-batch_size = 8
-lr = 5e-3
+steps = 100
+batch_size = 16
+lr = 1e-2
 log_every = 5
-checkpoint_every = 20
+checkpoint_every = 40
 evaluations = 3
 precision = "float32"
 device = "cpu"
@@ -92,6 +97,65 @@ def corpus(tmp_path_factory) -> Iterator[Corpus]:
             folder / "causal.toml",
             folder / "cache",
         )
+
+
+class Answer(NamedTuple):
+    """What one command line gave."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+def selfsup(*arguments: object) -> Answer:
+    """One command line in this process: starting another one takes seconds."""
+    from selfsup.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+    return Answer(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session", name="selfsup")
+def run_selfsup(corpus) -> Callable[..., Answer]:
+    """`selfsup("fill", run, text)` gives exit code, standard output and standard error."""
+    return selfsup
+
+
+@pytest.fixture(scope="session")
+def masked_run(corpus, tmp_path_factory) -> Path:
+    """A pre-trained masked language model; tests only read it, or copy it."""
+    return _pretrained(corpus.masked, corpus, tmp_path_factory.mktemp("masked") / "run")
+
+
+@pytest.fixture(scope="session")
+def causal_run(corpus, tmp_path_factory) -> Path:
+    """A pre-trained causal language model; tests only read it, or copy it."""
+    return _pretrained(corpus.causal, corpus, tmp_path_factory.mktemp("causal") / "run")
+
+
+def _pretrained(recipe: Path, corpus: Corpus, run: Path) -> Path:
+    answer = selfsup("pretrain", recipe, "--data", corpus.text, "--out", run)
+    assert answer.code == 0, answer.err
+    assert answer.out == f"{run}\n"
+    return run
+
+
+@pytest.fixture(scope="session")
+def tuned_run(corpus, masked_run, tmp_path_factory) -> Path:
+    """A classifier of the labelled sentences; tests only read it, or copy it."""
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    answer = selfsup(
+        *("finetune", masked_run, "--task", "classification", "--data", corpus.labelled),
+        *("--valid", corpus.test, "--out", run, "--set", "training.steps=60", "training.lr=5e-3"),
+    )
+    assert answer.code == 0, answer.err
+    assert answer.out == f"{run}\n"
+    return run
 
 
 # A process that has imported everything and forks one child per command line.

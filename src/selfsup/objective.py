@@ -5,7 +5,7 @@ and turns a batch into a loss. The training loop knows this file and nothing of 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -105,6 +105,12 @@ class Task(Objective):
     """An objective that reads labels: adds a prediction and names its metric."""
 
     metric: str
+
+    def train(self, mode: bool = True) -> Self:
+        """As in every module, but an encoder that is wholly frozen stays without dropout."""
+        super().train(mode)
+        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        return self
 
     def predict(self, batch: Batch) -> Predictions:
         """Predictions for one batch, without gradient or dropout."""

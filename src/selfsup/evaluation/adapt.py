@@ -86,7 +86,7 @@ def adapt(
     encoder = copy.deepcopy(encoder)
     task = build_objective("tasks", name, config, encoder, train_data.names, training.seed)
     if name == "regression":
-        task.fit_labels(torch.tensor(train_data.labels))
+        task.fit_labels(train_data.labels)
     registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
     data = LabelledText(train_data, tokenizer, max_length)
     held_out = LabelledText(valid, tokenizer, max_length) if valid else None

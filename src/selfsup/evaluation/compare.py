@@ -1,8 +1,8 @@
 """What was the pre-training worth: pre-trained, the same network from scratch, and a classical one.
 
 Every arm sees the same labelled subsets, test part and number of steps. Learning rates are chosen
-for each arm and each number of labels on validation data, with the first seed; the test part chooses
-nothing.
+for each arm and each number of labels on validation data, with the first seed; the test part
+chooses nothing.
 """
 
 import os

@@ -10,7 +10,7 @@ were never taught to put anything into [CLS].
 """
 
 from dataclasses import dataclass
-from typing import Literal, Self, final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +65,6 @@ class Classification(Task):
         self.head = nn.Linear(encoder.dim, len(names))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-    def train(self, mode: bool = True) -> Self:
-        """As in every module, but an encoder that is wholly frozen stays without dropout."""
-        super().train(mode)
-        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
-        return self
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch,) int64; `generator` is not used."""

@@ -10,7 +10,7 @@ Deviation: BERT's STS-B fine-tuning regresses on the raw scores 0 to 5.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, final
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -99,12 +99,6 @@ class Regression(Task):
             raise DataError(f"all {len(values)} training labels are {values[0]}: nothing to learn")
         self.head.mean.fill_(float(values.mean()))
         self.head.std.fill_(float(values.std()))
-
-    def train(self, mode: bool = True) -> Self:
-        """As in every module, but an encoder that is wholly frozen stays without dropout."""
-        super().train(mode)
-        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
-        return self
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Squared error of standardised `label` (batch,) float32; `generator` is not used."""

@@ -7,7 +7,7 @@ Axes: batch; time: tokens of a row; word: words of a sentence; tags: as many as 
 """
 
 from dataclasses import dataclass
-from typing import Self, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,6 @@ class Tagging(Task):
         self.head = nn.Linear(encoder.dim, len(names))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-
-    def train(self, mode: bool = True) -> Self:
-        """As in every module, but an encoder that is wholly frozen stays without dropout."""
-        super().train(mode)
-        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
-        return self
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch, time) at first tokens; `generator` is not used."""
