@@ -25,9 +25,12 @@ demo: $(VENV)/installed
 	$(BIN)/selfsup report $(DEMO)
 	@echo "open $(DEMO)/report.html in a browser"
 
+# One thread a process: several processes that each spin on all cores slow each other down.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8
 
+test-all: export OMP_NUM_THREADS = 1
 test-all: $(VENV)/installed-dev
 	$(BIN)/pytest -m 'not gpu'
 

@@ -1,4 +1,4 @@
-"""What many test files share: a small corpus, its recipes, and real processes that start at once."""
+"""What many test files share: a small corpus, its recipes, its runs, and quick real processes."""
 
 import contextlib
 import io
@@ -39,12 +39,12 @@ dropout = 0.05
 [method]
 name = "masked_language"
 [training]
-steps = 100
+steps = 160
 batch_size = 16
 lr = 1e-2
 log_every = 5
-checkpoint_every = 40
-evaluations = 3
+checkpoint_every = 60
+evaluations = 2
 precision = "float32"
 device = "cpu"
 """

@@ -13,7 +13,7 @@ from selfsup.training.checkpoint import checkpoint_paths
 
 COMPARE_KEYS = {
     *("task", "metric", "test_size", "label_counts", "arms", "seconds", "seeds", "tuning"),
-    *("baseline_names", "learning_rates", "sweep", "curves", "verdict", "command"),
+    *("baseline_names", "learning_rates", "sweep", "curves", "unit", "command"),
 }
 GOOD = "the film was wonderful and the end of the film was great ."
 BAD = "the meal was terrible and the end of the meal was awful ."
@@ -38,13 +38,18 @@ def test_pretraining_leaves_the_public_format(masked_run):
         *("config.toml", "model.safetensors", "tokenizer.json", "preprocessor.toml")
     }
     assert [p.name for p in checkpoint_paths(masked_run / "checkpoints")] == [
-        *("step-00000080", "step-00000100")
+        *("step-00000120", "step-00000160")
     ]
     values = tomllib.loads((masked_run / "run.toml").read_text())
-    assert values["training"]["steps"] == 100
+    assert values["training"]["steps"] == 160
     assert values["method"] == {
-        **{"name": "masked_language", "mask_rate": 0.15, "mask_share": 0.8, "random_share": 0.1},
-        **{"whole_word": False, "sentence": "none", "head": "bert"},
+        "name": "masked_language",
+        "mask_rate": 0.15,
+        "mask_share": 0.8,
+        "random_share": 0.1,
+        "whole_word": False,
+        "sentence": "none",
+        "head": "bert",
     }
     assert values["facts"]["documents"] == 600
     assert values["facts"]["parameters"] > 1000
@@ -57,12 +62,12 @@ def test_pretraining_learns_and_logs(masked_run):
     found = rows(masked_run)
     train = [row for row in found if row["split"] == "train"]
     valid = [row for row in found if row["split"] == "valid"]
-    assert [row["step"] for row in train] == list(range(5, 101, 5))
-    assert [row["step"] for row in valid] == [0, 34, 67, 100]
+    assert [row["step"] for row in train] == list(range(5, 161, 5))
+    assert [row["step"] for row in valid] == [0, 80, 160]
     facts = tomllib.loads((masked_run / "run.toml").read_text())["facts"]
     assert valid[-1]["loss"] < facts["unigram_entropy"] - 0.3  # words agree: context tells
     assert {"loss", "mlm_accuracy", "gradient_norm", "lr", "tokens", "skipped"} <= train[0].keys()
-    assert train[-1]["tokens"] == 100 * 16 * 16
+    assert train[-1]["tokens"] == 160 * 16 * 16
     speed = rows(masked_run, "speed.jsonl")
     assert [row["step"] for row in speed] == [row["step"] for row in train]
     assert all(row["tokens_per_second"] > 0 for row in speed)
@@ -78,7 +83,9 @@ def test_evaluate_gives_the_held_out_loss(selfsup, masked_run):
 
 
 def test_evaluate_on_other_text(selfsup, masked_run, tmp_path):
-    (tmp_path / "other.txt").write_text("awful the of was and film\n" * 60)
+    words = ["awful", "the", "of", "was", "and", "film"]
+    lines = (" ".join(words[i % 6 :] + words[: i % 5]) for i in range(200))
+    (tmp_path / "other.txt").write_text("\n".join(lines))
     answer = selfsup("evaluate", masked_run, "--data", tmp_path / "other.txt")
     assert answer.code == 0
     assert table(answer.out)["loss"] > table(selfsup("evaluate", masked_run).out)["loss"] + 0.5
@@ -140,26 +147,28 @@ def test_compare_report_and_doctor(selfsup, masked_run, corpus, tmp_path):
             assert len(scores) == 3
             assert all(0 <= score <= 1 for score in scores)
     assert np.mean(found["arms"]["baseline"]["40"]) > 0.9  # the words say it all
-    assert found["learning_rates"] == {arm: {"8": 5e-3, "40": 5e-3} for arm in found["arms"]
-                                       if arm != "baseline"}
+    assert found["learning_rates"] == {
+        arm: {"8": 5e-3, "40": 5e-3} for arm in ("pretrained", "scratch")
+    }
     assert len(found["sweep"]) == 4
     assert len(found["curves"]) == 12
     assert all(curve["step"] == [10, 12] for curve in found["curves"])
-    assert found["verdict"].startswith("With 8 labelled examples: ")
-    assert found["verdict"] in answer.out
+    assert found["baseline_names"].keys() == {"8", "40"}
+    assert all(len(names) == 3 for names in found["baseline_names"].values())
+    for arm in found["arms"].values():
+        assert all(f"{np.mean(scores):.3f}" in answer.out for scores in arm.values())
     shown = json.loads((run / "embeddings.json").read_text())
     assert len(shown["points"]) == len(shown["labels"]) == len(shown["texts"]) == 40
 
     answer = selfsup("report", run)
     assert (answer.code, answer.out) == (0, f"{run / 'report.html'}\n")
     page = (run / "report.html").read_text()
-    assert found["verdict"].split(":")[0] in page or "8" in page
     assert "<html" in page
-    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert f"{np.mean(found['arms']['baseline']['40']):.3f}" in page
 
     answer = selfsup("doctor", run)
     assert answer.code == 0
-    assert "step-00000100  whole, step 100" in answer.out
+    assert "step-00000160  whole, step 160" in answer.out
     assert "model          loads" in answer.out
 
 
@@ -220,7 +229,9 @@ def test_a_regression(selfsup, masked_run, corpus, tmp_path, tuning):
     scores = table(selfsup("evaluate", run, "--data", data).out)
     assert scores.keys() == {"examples", "pearson", "spearman"}
     assert scores["pearson"] > 0.5
-    low, high = (float(x.split("\t")[0]) for x in selfsup("predict", run, BAD, GOOD).out.splitlines())
+    low, high = (
+        float(x.split("\t")[0]) for x in selfsup("predict", run, BAD, GOOD).out.splitlines()
+    )
     assert -4 < low < high < 4
 
 
@@ -286,7 +297,9 @@ def test_a_short_run_has_a_curve(selfsup, corpus, tmp_path):
     """Fewer steps than `log_every`."""
     run = tmp_path / "run"
     settings = ("training.steps=3", "training.log_every=50")
-    answer = selfsup("pretrain", corpus.masked, "--data", corpus.text, "--out", run, "--set", *settings)
+    answer = selfsup(
+        "pretrain", corpus.masked, "--data", corpus.text, "--out", run, "--set", *settings
+    )
     assert answer.code == 0
     assert [row["step"] for row in rows(run) if row["split"] == "train"] == [3]
     assert [row["step"] for row in rows(run, "speed.jsonl")] == [3]
@@ -298,7 +311,7 @@ def test_another_budget_takes_the_place_of_the_recipes(selfsup, corpus, tmp_path
     assert selfsup(*begin, "training.tokens=1000").code == 0
     training = tomllib.loads((run / "run.toml").read_text())["training"]
     assert (training["tokens"], "steps" in training) == (1000, False)
-    assert rows(run)[-1]["tokens"] == 1024
+    assert [row["tokens"] for row in rows(run) if row["split"] == "train"] == [1024]
 
 
 def test_doctor_looks_at_data(selfsup, corpus):

@@ -67,7 +67,7 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(name):
 
 
 def test_there_is_a_recipe():
-    assert "demo" in registry.recipe_paths()
+    assert "bert-tiny-english" in registry.recipe_paths()
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -255,8 +255,10 @@ def test_overridden_needs_a_section():
 
 
 def test_an_unknown_recipe_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown recipe 'dmo'; did you mean 'demo'\?"):
-        recipe_values("dmo")
+    with pytest.raises(
+        ConfigError, match=r"unknown recipe 'bert-tiny-englsh'; did you mean 'bert-tiny-english'\?"
+    ):
+        recipe_values("bert-tiny-englsh")
 
 
 def test_a_recipe_of_ones_own(tmp_path):

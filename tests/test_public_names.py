@@ -53,7 +53,7 @@ def test_imports_without_torch(module):
     ("arguments", "said"),
     [
         (("list",), "masked_language"),
-        (("list", "recipes"), "demo"),
+        (("list", "recipes"), "bert-tiny-english"),
         (("list", "methods"), "causal_language"),
         (("list", "models"), "bert-base"),
         (("list", "tasks"), "tagging"),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from selfsup.randomness import (
+    Batches,
     Order,
     derive,
     isolated,
@@ -94,6 +95,38 @@ def test_batches_are_spread_over_the_data():
 def test_small_orders_reach_every_permutation():
     found = {tuple(Order(4, seed)[0:4].tolist()) for seed in range(600)}
     assert len(found) == 24
+
+
+def test_batches_without_lengths_follow_the_order():
+    order = Order(10, seed=1)
+    batches = Batches(order, 4)
+    assert np.array_equal(np.concatenate([batches[i] for i in range(6)]), order[0:24])
+
+
+@pytest.mark.parametrize(("size", "batch"), [(1000, 8), (64, 8), (40, 4), (5, 2), (3, 8), (1, 1)])
+def test_batches_by_length_hold_what_the_order_gives(size, batch):
+    """The same examples as often; in whole windows of the order."""
+    lengths = np.random.Generator(np.random.PCG64(0)).integers(1, 50, size)
+    order = Order(size, seed=2)
+    batches = Batches(order, batch, lengths)
+    count = batches.window * 3
+    found = [batches[i] for i in range(count)]
+    assert {len(numbers) for numbers in found} == {batch}
+    got, expected = np.sort(np.concatenate(found)), np.sort(order[0 : count * batch])
+    assert np.array_equal(got, expected)
+    assert np.array_equal(found[1], Batches(Order(size, seed=2), batch, lengths)[1])
+
+
+def test_batches_by_length_pad_less():
+    lengths = np.random.Generator(np.random.PCG64(0)).integers(1, 100, 2000)
+
+    def padding(batches: Batches) -> float:
+        found = [lengths[batches[i]] for i in range(200)]
+        return sum((len(x) * x.max() - x.sum()) for x in found) / sum(x.sum() for x in found)
+
+    assert padding(Batches(Order(2000, 0), 10, lengths)) < 0.4 * padding(
+        Batches(Order(2000, 0), 10)
+    )
 
 
 def test_derive_is_a_pure_function_of_all_its_arguments():

@@ -4,11 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from selfsup import console
-from selfsup.errors import ConfigError, SelfsupError, nearest
+from selfsup import verbs
+from selfsup.errors import SelfsupError
 
 EPILOG = """\
 a first run:
@@ -22,16 +21,16 @@ exit codes: 0 done, 2 wrong use, 3 bad data, 4 diverged, 5 storage, 130/143 stop
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with the nearest word named and our exit code."""
+    """argparse, with one line of error, a pointer to the help, and our exit code."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"error: {message}\nsee: {self.prog} --help\n")
 
 
 def _verb(
-    verbs: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
+    parsers: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, example: str
 ) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
+    parser = parsers.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
@@ -70,18 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
-    _add_training_verbs(verbs)
-    _add_using_verbs(verbs)
-    _add_looking_verbs(verbs)
+    parsers = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+    _add_training_verbs(parsers)
+    _add_using_verbs(parsers)
+    _add_looking_verbs(parsers)
     return parser
 
 
-def _add_training_verbs(verbs: Any) -> None:
+def _add_training_verbs(parsers: Any) -> None:
     p = _verb(
-        verbs,
+        parsers,
         "pretrain",
-        _pretrain,
+        verbs.pretrain,
         "learn from unlabeled data",
         "  selfsup pretrain bert-tiny-english --data texts/ --out runs/mine\n"
         "  selfsup pretrain my.toml --data 'logs/*.jsonl.gz' --out runs/logs \\\n"
@@ -98,9 +97,9 @@ def _add_training_verbs(verbs: Any) -> None:
     _set_option(p, "training.steps=2000 model.layers=4")
 
     p = _verb(
-        verbs,
+        parsers,
         "finetune",
-        _finetune,
+        verbs.finetune,
         "adapt a pre-trained run to a task with labels",
         "  selfsup finetune runs/mine --task classification --data reviews.csv --out runs/reviews\n"
         "  selfsup finetune runs/mine --task tagging --data train.conllu --valid dev.conllu \\\n"
@@ -120,9 +119,9 @@ def _add_training_verbs(verbs: Any) -> None:
     _column_options(p)
 
     p = _verb(
-        verbs,
+        parsers,
         "compare",
-        _compare,
+        verbs.compare,
         "measure what pre-training was worth: against scratch and a classical baseline",
         "  selfsup compare runs/mine --task classification --data reviews.csv\n"
         "  selfsup compare runs/mine --task tagging --data train.conllu --valid dev.conllu \\\n"
@@ -145,9 +144,9 @@ def _add_training_verbs(verbs: Any) -> None:
     _column_options(p)
 
     p = _verb(
-        verbs,
+        parsers,
         "evaluate",
-        _evaluate,
+        verbs.evaluate,
         "score a run on data it was not trained on",
         "  selfsup evaluate runs/mine                       held-out loss of its own corpus\n"
         "  selfsup evaluate runs/mine --data other.txt\n"
@@ -159,11 +158,11 @@ def _add_training_verbs(verbs: Any) -> None:
     _column_options(p)
 
 
-def _add_using_verbs(verbs: Any) -> None:
+def _add_using_verbs(parsers: Any) -> None:
     p = _verb(
-        verbs,
+        parsers,
         "embed",
-        _embed,
+        verbs.embed,
         "turn texts into vectors",
         "  selfsup embed runs/mine --data lines.txt --out vectors.npy",
     )
@@ -176,9 +175,9 @@ def _add_using_verbs(verbs: Any) -> None:
     p.add_argument("--batch-size", type=int, default=64, help="texts per forward pass (64)")
 
     p = _verb(
-        verbs,
+        parsers,
         "fill",
-        _fill,
+        verbs.fill,
         "fill the blanks of a text",
         "  selfsup fill runs/mine 'He closed the [MASK] and went home.'",
     )
@@ -187,9 +186,9 @@ def _add_using_verbs(verbs: Any) -> None:
     p.add_argument("--top", type=int, default=5, help="candidates per blank (5)")
 
     p = _verb(
-        verbs,
+        parsers,
         "generate",
-        _generate,
+        verbs.generate,
         "write on from a beginning",
         "  selfsup generate runs/gpt --prompt 'It was a dark' --tokens 80 --temperature 0.8",
     )
@@ -202,9 +201,9 @@ def _add_using_verbs(verbs: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="another seed, another text")
 
     p = _verb(
-        verbs,
+        parsers,
         "predict",
-        _predict,
+        verbs.predict,
         "label new items with a fine-tuned run",
         "  selfsup predict runs/reviews 'A wonderful film.'\n"
         "  selfsup predict runs/reviews --data new.csv > labels.tsv",
@@ -215,11 +214,11 @@ def _add_using_verbs(verbs: Any) -> None:
     p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
 
 
-def _add_looking_verbs(verbs: Any) -> None:
+def _add_looking_verbs(parsers: Any) -> None:
     p = _verb(
-        verbs,
+        parsers,
         "report",
-        _report,
+        verbs.report,
         "write one HTML page about a run or several",
         "  selfsup report runs/mine\n  selfsup report runs/* --out comparison.html",
     )
@@ -228,18 +227,18 @@ def _add_looking_verbs(verbs: Any) -> None:
     p.add_argument("--figure", metavar="PNG", help="also draw the first run's comparison")
 
     p = _verb(
-        verbs,
+        parsers,
         "list",
-        _list,
+        verbs.list_,
         "show what there is",
         "  selfsup list recipes\n  selfsup list methods",
     )
     p.add_argument("what", nargs="?", help="recipes, methods, models, tasks, tunings or data")
 
     p = _verb(
-        verbs,
+        parsers,
         "doctor",
-        _doctor,
+        verbs.doctor,
         "check the installation, a data folder or a run",
         "  selfsup doctor\n  selfsup doctor texts/\n  selfsup doctor runs/mine",
     )
@@ -270,206 +269,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `selfsup predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    from selfsup.config import parse_setting
-
-    return dict(parse_setting(text) for text in options.set)
-
-
-def _columns(options: argparse.Namespace) -> dict[str, str]:
-    given = {"text": options.text, "text_b": options.text_b, "label": options.label}
-    return {name: column for name, column in given.items() if column is not None}
-
-
-def _sources(options: argparse.Namespace) -> str | list[str]:
-    return options.data[0] if len(options.data) == 1 else options.data
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    run = api.pretrain(
-        options.recipe, _sources(options), options.out, _settings(options), options.resume
-    )
-    if options.record:
-        api.record_pretraining(options.record, run)
-    print(run)
-    api.say_next(run)
-
-
-def _finetune(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    run = api.finetune(
-        options.model,
-        options.task,
-        options.data,
-        options.out,
-        valid=options.valid,
-        tuning=options.tuning,
-        settings=_settings(options),
-        columns=_columns(options),
-        max_length=options.max_length,
-        resume=options.resume,
-    )
-    print(run)
-    console.say(f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
-    settings |= {
-        "max_length": options.max_length,
-        "jobs": options.jobs or len(os.sched_getaffinity(0)),
-    }
-    if options.lrs:
-        settings["lrs"] = tuple(options.lrs)
-    result = api.compare(
-        options.model,
-        options.task,
-        options.data,
-        valid=options.valid,
-        test=options.test,
-        columns=_columns(options),
-        out=options.out,
-        label_counts=options.labels,
-        **settings,
-    )
-    if options.record:
-        api.record_comparison(options.record, result)
-    _print_comparison(Path(options.out) if options.out else Path(options.model) / "compare.json")
-    console.say(f"next: selfsup report {options.model}")
-
-
-def _print_comparison(path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from selfsup.report.evidence import arm_name, arm_order, interval, verdict
-    from selfsup.report.runs import read_compare
-
-    compare = read_compare(path)
-    arms = arm_order(compare)
-    table = Table("labels", *map(arm_name, arms), title=f"{compare.metric}, mean and 95% interval")
-    for count in compare.label_counts:
-        cells = [interval(compare.scores[arm][count]) for arm in arms]
-        shown = [
-            f"{mean:.3f}" + (f" ±{half:.3f}" if half is not None else "") for mean, half in cells
-        ]
-        table.add_row(f"{count:,}", *shown)
-    Console().print(table)
-    words = verdict(compare, compare.label_counts[0])
-    print(f"{words.headline}\n{words.conclusion}")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    scores = api.evaluate(options.model, options.data, _columns(options))
-    if options.record:
-        api.record_evaluation(options.record, options.model, scores)
-    for name, value in scores.items():
-        print(f"{name}\t{value:.6g}")
-
-
-def _texts(options: argparse.Namespace) -> list[str]:
-    from selfsup.data.reading import documents
-
-    found = documents(_sources(options), text_column=options.text, split="line")
-    return [document.text for document in found]
-
-
-def _embed(options: argparse.Namespace) -> None:
-    import io
-
-    import numpy as np
-
-    from selfsup import api
-    from selfsup.files import write_bytes
-
-    texts = _texts(options)
-    vectors = api.load(options.model).embed(texts, options.batch_size)
-    buffer = io.BytesIO()
-    np.save(buffer, vectors, allow_pickle=False)
-    path = Path(options.out)
-    write_bytes(path, buffer.getvalue())
-    print(f"{path}\t{vectors.shape[0]} x {vectors.shape[1]} float32")
-
-
-def _fill(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    for number, blank in enumerate(api.load(options.model).fill(options.text, options.top), 1):
-        for word, probability in blank.candidates:
-            print(f"{number}\t{word}\t{probability:.4f}")
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    text = api.load(options.model).generate(
-        options.prompt,
-        options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    print(text)
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    if not options.items and not options.data:
-        raise ConfigError("nothing to predict: give texts, or --data FILE")
-    texts = list(options.items) + (_texts(options) if options.data else [])
-    for text, (value, probability) in zip(
-        texts, api.load(options.model).predict(texts), strict=True
-    ):
-        if isinstance(value, list):
-            print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), value, strict=True)))
-            continue
-        sure = "" if probability is None else f"\t{probability:.4f}"
-        print(f"{value}{sure}\t{text}")
-
-
-def _report(options: argparse.Namespace) -> None:
-    from selfsup import api
-
-    print(api.report(options.models, options.out, options.figure))
-
-
-def _list(options: argparse.Namespace) -> None:
-    from selfsup import registry
-    from selfsup.config import read_toml
-
-    tables = dict.fromkeys(("recipes", *registry.TABLES))
-    wanted = list(tables) if options.what is None else [options.what]
-    if wanted[0] not in tables:
-        raise ConfigError(f"cannot list {options.what!r}{nearest(options.what, tables)}")
-    for what in wanted:
-        if options.what is None:
-            print(f"{what}:")
-        rows: dict[str, str]
-        if what == "recipes":
-            paths = registry.recipe_paths()
-            rows = {name: read_toml(path)["recipe"]["summary"] for name, path in paths.items()}
-        else:
-            rows = {n: registry.summary(target) for n, target in registry.TABLES[what].items()}
-        if what == "models":
-            presets = read_toml(Path(registry.__file__).parent / "models" / "presets.toml")
-            rows |= {f"  {name}": preset["summary"] for name, preset in presets.items()}
-        for name, text in rows.items():
-            print(f"  {name:<22} {text}")
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from selfsup import doctor
-
-    for line in doctor.examine(options.path, options.text):
-        print(line)

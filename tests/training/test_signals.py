@@ -9,7 +9,7 @@ import pytest
 
 from selfsup.training.checkpoint import load_newest
 
-STEPS = 120
+STEPS = 60
 CLOCK = {"seconds", "speed_bytes"}
 
 
@@ -89,8 +89,6 @@ def test_a_second_process_is_refused_while_the_first_runs_on(pretrain, whole, tm
     second = pretrain(run, "--resume")
     assert second.wait() == 2
     assert f"{run} is in use by another selfsup process" in second.err.read_text()
-    third = pretrain(run)
-    assert third.wait() == 2
     os.kill(first.pid, signal.SIGCONT)
     assert first.wait() == 0
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

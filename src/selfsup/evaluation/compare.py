@@ -31,6 +31,7 @@ from selfsup.randomness import Order
 
 ARMS = ("pretrained", "scratch")
 MAX_VALID = 1000  # examples that choose a learning rate; more would only cost time
+MAX_WATCHED, CURVE_POINTS = 128, 10  # held-out examples and evaluations of a fine-tuning curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Result:
     cell: Cell
     valid: float
     test: float
-    curve: dict[str, list[float]] = field(default_factory=dict)
+    curve: dict[str, list[float | None]] = field(default_factory=dict)
     name: str = ""
 
 
@@ -223,6 +224,7 @@ class _Trainer:
         tokenizer, length = self.model.preprocessor.tokenizer, settings.max_length
         self.valid = LabelledText(labels.valid, tokenizer, length)
         self.test = LabelledText(labels.test, tokenizer, length)
+        self.watched = labels.valid.take(range(min(MAX_WATCHED, len(labels.valid))))
 
     def encoder(self, cell: Cell) -> Encoder:
         """The run's encoder, or a fresh one of the same shape."""
@@ -245,7 +247,12 @@ class _Trainer:
             return Result(cell, fitted.score, test, name=fitted.name)
         training = default_training(cell.labels, self.model.encoder.dim)
         training = replace(
-            training, seed=cell.seed, lr=cell.lr, steps=settings.steps or training.steps
+            training,
+            seed=cell.seed,
+            lr=cell.lr,
+            steps=settings.steps or training.steps,
+            evaluations=CURVE_POINTS,
+            log_every=5,
         )
         module = registry.module_of(registry.TASKS, "task", settings.task)
         adapted = adapt(
@@ -257,9 +264,13 @@ class _Trainer:
             training,
             tuning=settings.tuning,
             max_length=settings.max_length,
+            valid=self.watched,
         )
-        rows = [row for row in adapted.rows if row["split"] == "train"]
-        curve = {name: [row[name] for row in rows] for name in ("step", "loss")}
+        curve = {
+            "step": [row["step"] for row in adapted.rows],
+            "loss": [row["loss"] if row["split"] == "train" else None for row in adapted.rows],
+            "score": [row.get("score") for row in adapted.rows],
+        }
         return Result(cell, score(adapted.task, self.valid), score(adapted.task, self.test), curve)
 
 

@@ -140,7 +140,7 @@ def finetuning_curves(compare: Compare, key: str) -> list[str]:
     if not rows:
         return []
     values = [value for row in rows for value in _points(row, key)[1]]
-    title = _title(compare.metric) if key == "score" else key
+    title = f"held-out {_title(compare.metric)}" if key == "score" else f"training {key}"
     return [
         _family_panel(
             [row for row in rows if int(row["labels"]) == count], key, title, count, values

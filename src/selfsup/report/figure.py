@@ -21,7 +21,7 @@ MARKS = "osD^"
 
 
 def write_figure(compare_json: Path, out: Path) -> Path:
-    """Draws score against labels, and fine-tuning loss where curves were kept, as one PNG.
+    """Draws score against labels, and fine-tuning curves where they were kept, as one PNG.
 
     Args:
         compare_json: a `compare*.json` of a run.
@@ -42,7 +42,7 @@ def write_figure(compare_json: Path, out: Path) -> Path:
     panels = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
     _scores(panels[0], compare)
     if curves:
-        _losses(panels[1], curves, arm_order(compare), count)
+        _curves(panels[1], compare, curves, count)
     figure.suptitle(
         _wrapped(verdict(compare, count).headline, 100 if curves else 56),
         x=0.03, ha="left", color=INK, fontsize=12.5, fontweight="bold",
@@ -96,12 +96,15 @@ def _scores(panel, compare: Compare) -> None:
     _plain(panel, compare.metric.replace("_", " "), f"labelled {compare.unit} (log scale)")
 
 
-def _losses(panel, curves: list[dict], arms: list[str], count: int) -> None:
+def _curves(panel, compare: Compare, curves: list[dict], count: int) -> None:
+    """The held-out score while fine-tuning where it was kept, else the training loss."""
+    key = "score" if any(finite(y) for row in curves for y in row.get("score", ())) else "loss"
+    arms = arm_order(compare)
     names: list[tuple[str, float, float, str]] = []
     for arm in arms:
         color = COLORS[arms.index(arm) % len(COLORS)]
         lines = [
-            [(x, y) for x, y in zip(row["step"], row["loss"], strict=False) if finite(y)]
+            [(x, y) for x, y in zip(row["step"], row.get(key, ()), strict=False) if finite(y)]
             for row in curves
             if row["arm"] == arm
         ]
@@ -115,7 +118,8 @@ def _losses(panel, curves: list[dict], arms: list[str], count: int) -> None:
             panel.plot(steps, mean, color=color, linewidth=2.4)
             names.append((arm_name(arm), steps[-1], mean[-1], color))
     _name_ends(panel, names)
-    _plain(panel, f"fine-tuning loss, {count:,} labels", "fine-tuning step")
+    what = f"held-out {compare.metric.replace('_', ' ')}" if key == "score" else "training loss"
+    _plain(panel, f"{what}, {count:,} labels", "fine-tuning step")
 
 
 def _name_ends(panel, names: list[tuple[str, float, float, str]]) -> None:

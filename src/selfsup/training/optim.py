@@ -37,7 +37,7 @@ def learning_rate_share(
         decay: share of the budget in which `wsd` falls.
         final: share of the peak at the end.
 
-    >>> [learning_rate_share(p, warmup=0.5, schedule="linear", decay=0, final=0)
+    >>> [learning_rate_share(p, warmup=0.5, schedule="linear", decay=0.0, final=0.0)
     ...  for p in (0.25, 0.5, 0.75, 1.0)]
     [0.5, 1.0, 0.5, 0.0]
     """

@@ -1,0 +1,226 @@
+"""What each verb of the command line does with its options; results go to the standard output.
+
+Nothing heavy is imported before a verb runs, so help and `list` answer at once.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from selfsup import console
+from selfsup.errors import ConfigError, nearest
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    from selfsup.config import parse_setting
+
+    return dict(parse_setting(text) for text in options.set)
+
+
+def _columns(options: argparse.Namespace) -> dict[str, str]:
+    given = {"text": options.text, "text_b": options.text_b, "label": options.label}
+    return {name: column for name, column in given.items() if column is not None}
+
+
+def _sources(options: argparse.Namespace) -> str | list[str]:
+    return options.data[0] if len(options.data) == 1 else options.data
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Learns from unlabeled data; prints the run folder."""
+    from selfsup import api
+
+    run = api.pretrain(
+        options.recipe, _sources(options), options.out, _settings(options), options.resume
+    )
+    if options.record:
+        api.record_pretraining(options.record, run)
+    print(run)
+    api.say_next(run)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Adapts a run to a task; prints the run folder."""
+    from selfsup import api
+
+    run = api.finetune(
+        options.model,
+        options.task,
+        options.data,
+        options.out,
+        valid=options.valid,
+        tuning=options.tuning,
+        settings=_settings(options),
+        columns=_columns(options),
+        max_length=options.max_length,
+        resume=options.resume,
+    )
+    print(run)
+    console.say(f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Compares the arms; prints a table and the verdict."""
+    from selfsup import api
+
+    settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
+    settings |= {
+        "max_length": options.max_length,
+        "jobs": options.jobs or len(os.sched_getaffinity(0)),
+    }
+    if options.lrs:
+        settings["lrs"] = tuple(options.lrs)
+    result = api.compare(
+        options.model,
+        options.task,
+        options.data,
+        valid=options.valid,
+        test=options.test,
+        columns=_columns(options),
+        out=options.out,
+        label_counts=options.labels,
+        **settings,
+    )
+    if options.record:
+        api.record_comparison(options.record, result)
+    _print_comparison(Path(options.out) if options.out else Path(options.model) / "compare.json")
+    console.say(f"next: selfsup report {options.model}")
+
+
+def _print_comparison(path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfsup.report.evidence import arm_name, arm_order, interval, verdict
+    from selfsup.report.runs import read_compare
+
+    compare = read_compare(path)
+    arms = arm_order(compare)
+    table = Table("labels", *map(arm_name, arms), title=f"{compare.metric}, mean and 95% interval")
+    for count in compare.label_counts:
+        cells = [interval(compare.scores[arm][count]) for arm in arms]
+        shown = [
+            f"{mean:.3f}" + (f" ±{half:.3f}" if half is not None else "") for mean, half in cells
+        ]
+        table.add_row(f"{count:,}", *shown)
+    Console().print(table)
+    words = verdict(compare, compare.label_counts[0])
+    print(f"{words.headline}\n{words.conclusion}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Scores a run; prints a line per metric."""
+    from selfsup import api
+
+    scores = api.evaluate(options.model, options.data, _columns(options))
+    if options.record:
+        api.record_evaluation(options.record, options.model, scores)
+    for name, value in scores.items():
+        print(f"{name}\t{value:.6g}")
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    from selfsup.data.reading import documents
+
+    found = documents(_sources(options), text_column=options.text, split="line")
+    return [document.text for document in found]
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Writes one vector per text."""
+    import io
+
+    import numpy as np
+
+    from selfsup import api
+    from selfsup.files import write_bytes
+
+    texts = _texts(options)
+    vectors = api.load(options.model).embed(texts, options.batch_size)
+    buffer = io.BytesIO()
+    np.save(buffer, vectors, allow_pickle=False)
+    path = Path(options.out)
+    write_bytes(path, buffer.getvalue())
+    print(f"{path}\t{vectors.shape[0]} x {vectors.shape[1]} float32")
+
+
+def fill(options: argparse.Namespace) -> None:
+    """Prints candidates for every blank."""
+    from selfsup import api
+
+    for number, blank in enumerate(api.load(options.model).fill(options.text, options.top), 1):
+        for word, probability in blank.candidates:
+            print(f"{number}\t{word}\t{probability:.4f}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Prints a text that goes on from the prompt."""
+    from selfsup import api
+
+    text = api.load(options.model).generate(
+        options.prompt,
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    print(text)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Prints a label per text."""
+    from selfsup import api
+
+    if not options.items and not options.data:
+        raise ConfigError("nothing to predict: give texts, or --data FILE")
+    texts = list(options.items) + (_texts(options) if options.data else [])
+    for text, (value, probability) in zip(
+        texts, api.load(options.model).predict(texts), strict=True
+    ):
+        if isinstance(value, list):
+            print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), value, strict=True)))
+            continue
+        sure = "" if probability is None else f"\t{probability:.4f}"
+        print(f"{value}{sure}\t{text}")
+
+
+def report(options: argparse.Namespace) -> None:
+    """Writes the page; prints its path."""
+    from selfsup import api
+
+    print(api.report(options.models, options.out, options.figure))
+
+
+def list_(options: argparse.Namespace) -> None:
+    """Prints what there is."""
+    from selfsup import registry
+    from selfsup.config import read_toml
+
+    tables = dict.fromkeys(("recipes", *registry.TABLES))
+    wanted = list(tables) if options.what is None else [options.what]
+    if wanted[0] not in tables:
+        raise ConfigError(f"cannot list {options.what!r}{nearest(options.what, tables)}")
+    for what in wanted:
+        if options.what is None:
+            print(f"{what}:")
+        rows: dict[str, str]
+        if what == "recipes":
+            paths = registry.recipe_paths()
+            rows = {name: read_toml(path)["recipe"]["summary"] for name, path in paths.items()}
+        else:
+            rows = {n: registry.summary(target) for n, target in registry.TABLES[what].items()}
+        if what == "models":
+            presets = read_toml(Path(registry.__file__).parent / "models" / "presets.toml")
+            rows |= {f"  {name}": preset["summary"] for name, preset in presets.items()}
+        for name, text in rows.items():
+            print(f"  {name:<22} {text}")
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Prints one line per finding."""
+    from selfsup import doctor
+
+    for line in doctor.examine(options.path, options.text):
+        print(line)
