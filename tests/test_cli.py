@@ -102,7 +102,7 @@ def test_fill(selfsup, masked_run):
         assert shares == sorted(shares, reverse=True)
         assert 0 < sum(shares) <= 1
     blanks = package.load(masked_run).fill(text, top=3)
-    assert [word for blank in blanks for word, _ in blank.candidates] == [x[1] for x in lines]
+    assert [word for blank in blanks for word, _ in blank] == [x[1] for x in lines]
 
 
 def test_fill_with_more_candidates_than_there_are_words(selfsup, masked_run):

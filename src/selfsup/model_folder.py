@@ -8,7 +8,7 @@ model/tokenizer.json     or another preprocessor's file
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -25,24 +25,6 @@ from selfsup.training.checkpoint import load_tensors, load_weights, save_tensors
 from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
 
 FORMAT = 1
-
-
-class Blank(NamedTuple):
-    """Candidates for one [MASK], likeliest first, with probabilities."""
-
-    candidates: list[tuple[str, float]]
-
-
-class Prediction(NamedTuple):
-    """What a task says about one item.
-
-    Attributes:
-        value: a class name, a number, or for tagging one tag name per word.
-        probability: of `value` (per word for tagging); None for regression.
-    """
-
-    value: Any
-    probability: Any
 
 
 def build_encoder(name: str, config: Any, spec: Any, seed: int) -> Encoder:
@@ -195,8 +177,8 @@ class Model:
             out[numbers] = pooled.float().cpu().numpy()
         return out
 
-    def fill(self, text: str, top: int = 5) -> list[Blank]:
-        """The likeliest words for every [MASK] in `text`.
+    def fill(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+        """The likeliest words for every [MASK] in `text`: one list of (word, probability) each.
 
         Raises:
             ConfigError: the run's method does not fill blanks, or `top` is below 1.
@@ -215,7 +197,7 @@ class Model:
             raise DataError(f"no blank in {text!r}: write {mask} where a word is missing")
         best = log_probabilities.exp().topk(min(top, log_probabilities.shape[-1]), dim=-1)
         return [
-            Blank([(tokenizer.token(i), p) for i, p in zip(ids, values, strict=True)])
+            [(tokenizer.token(i), p) for i, p in zip(ids, values, strict=True)]
             for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
@@ -261,8 +243,8 @@ class Model:
             out = out[: out.index(tokenizer.vocabulary.sep)]
         return tokenizer.decode([*(ids.tolist() if prompt else []), *out])
 
-    def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Prediction]:
-        """What the task says about each item.
+    def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Any]:
+        """The label of each item: a class name, a number, or for tagging one tag per word.
 
         Args:
             items: texts or pairs; for tagging lists of words, or texts that are split at spaces.
@@ -271,6 +253,34 @@ class Model:
         Raises:
             ConfigError: the run was not fine-tuned for a task.
         """
+        out: list[Any] = [None] * len(items)
+        for number, values, _, num_words in self._predictions(items, batch_size):
+            if num_words is not None:  # a word beyond the end of its row gets the tag ''
+                tags = [self.names[i] for i in values[:num_words].tolist() if i >= 0]
+                out[number] = tags + [""] * (num_words - len(tags))
+            else:
+                out[number] = self.names[int(values)] if self.names else float(values)
+        return out
+
+    def predict_proba(self, items: Sequence[Any], batch_size: int = 64) -> list[np.ndarray]:
+        """Probabilities in the order of `names`: (classes,) per item, for tagging (words, tags).
+
+        Raises:
+            ConfigError: the run was not fine-tuned for a task, or the task has no classes.
+        """
+        if isinstance(self.objective, Task) and not self.names:
+            raise ConfigError(f"{self._kind()} gives numbers, not probabilities: use predict")
+        out: list[Any] = [None] * len(items)
+        for number, _, scores, num_words in self._predictions(items, batch_size):
+            shown = scores.float().cpu().numpy()[:num_words]
+            lost = 0 if num_words is None else num_words - len(shown)
+            out[number] = np.pad(shown, ((0, lost), (0, 0))) if lost else shown
+        return out
+
+    def _predictions(
+        self, items: Sequence[Any], batch_size: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, int | None]]:
+        """(item number, its values, its scores, for tagging its number of words)."""
         if not isinstance(self.objective, Task):
             raise ConfigError(
                 f"{self._kind()} has no labels to predict; run `selfsup finetune` first"
@@ -278,27 +288,12 @@ class Model:
         tagging = self.values["task"]["name"] == "tagging"
         if tagging:
             items = [item.split() if isinstance(item, str) else list(item) for item in items]
-        out: list[Prediction | None] = [None] * len(items)
         for numbers, batch in self._batches(items, batch_size):
             with self._inference():
                 values, scores = self.objective.predict(batch)
             for row, number in enumerate(numbers):
-                if tagging:
-                    out[number] = self._tags(values[row], scores[row], len(items[number]))
-                elif self.names:
-                    value = int(values[row])
-                    out[number] = Prediction(self.names[value], float(scores[row, value]))
-                else:
-                    out[number] = Prediction(float(values[row]), None)
-        return out  # type: ignore[return-value]
-
-    def _tags(self, values: torch.Tensor, scores: torch.Tensor, num_words: int) -> Prediction:
-        """Tags of the words that the row showed; a word beyond its end gets the tag ''."""
-        numbers = values[:num_words].tolist()
-        numbers += [-1] * (num_words - len(numbers))
-        tags = [self.names[i] if i >= 0 else "" for i in numbers]
-        sure = [float(scores[word, i]) if i >= 0 else 0.0 for word, i in enumerate(numbers)]
-        return Prediction(tags, sure)
+                num_words = len(items[number]) if tagging else None
+                yield number, values[row], scores[row], num_words
 
     def score(self, items: Sequence[str], batch_size: int = 16) -> list[float]:
         """Log-probability (nats) of each text, summed over its tokens.

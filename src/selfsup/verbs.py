@@ -149,8 +149,9 @@ def fill(options: argparse.Namespace) -> None:
     """Prints candidates for every blank."""
     from selfsup import api
 
-    for number, blank in enumerate(api.load(options.model).fill(options.text, options.top), 1):
-        for word, probability in blank.candidates:
+    blanks = api.load(options.model).fill(options.text, options.top)
+    for number, candidates in enumerate(blanks, 1):
+        for word, probability in candidates:
             print(f"{number}\t{word}\t{probability:.4f}")
 
 
@@ -176,14 +177,17 @@ def predict(options: argparse.Namespace) -> None:
     if not options.items and not options.data:
         raise ConfigError("nothing to predict: give texts, or --data FILE")
     texts = list(options.items) + (_texts(options) if options.data else [])
-    for text, (value, probability) in zip(
-        texts, api.load(options.model).predict(texts), strict=True
-    ):
-        if isinstance(value, list):
-            print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), value, strict=True)))
-            continue
-        sure = "" if probability is None else f"\t{probability:.4f}"
-        print(f"{value}{sure}\t{text}")
+    model = api.load(options.model)
+    task = model.values.get("task", {}).get("name")
+    if task == "classification":
+        for text, share in zip(texts, model.predict_proba(texts), strict=True):
+            print(f"{model.names[share.argmax()]}\t{share.max():.4f}\t{text}")
+        return
+    for text, answer in zip(texts, model.predict(texts), strict=True):
+        if task == "tagging":
+            print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), answer, strict=True)))
+        else:
+            print(f"{answer:.6g}\t{text}")
 
 
 def report(options: argparse.Namespace) -> None:
