@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import closing
+import time
+from contextlib import closing, suppress
 
 import pytest
 import torch
@@ -76,6 +77,38 @@ def test_a_run_that_was_cut_twice_is_bit_equal(toy, run, tmp_path, keys, keep):
     got = run("cut", resume=True, seed=2, **keys)
     equal(toy, tmp_path / "whole", tmp_path / "cut")
     toy.same(got, expected)
+
+
+def test_the_best_weights_survive_a_cut(toy, tmp_path):
+    """The best evaluation, at step 3, comes before the checkpoint at step 4; no later one is."""
+
+    class BestAtThree(toy.Largest):
+        def loss(self, batch, generator):
+            out = super().loss(batch, generator)
+            return out if self.training else out._replace(loss=(self.seen - 3.0).abs())
+
+    config = toy.config(steps=12, checkpoint_every=4, evaluations=4, keep="best")
+    for stop, resume in ((6, False), (99, True)):
+        objective = toy.build(kind=BestAtThree)
+        with closing(RunFolder(tmp_path / "run", resume)) as folder, suppress(KeyboardInterrupt):
+            train(objective, Stopping(toy.Rows(20), stop), toy.Rows(9), config, folder)
+    assert objective.seen == 3
+    assert load_newest(tmp_path / "run" / "checkpoints").weights["seen"] == 12
+
+
+def test_a_budget_in_minutes_counts_the_time_before_a_cut(toy, tmp_path):
+    config = toy.config(minutes=0.01, checkpoint_every=1)
+    with closing(RunFolder(tmp_path / "run")) as folder, suppress(KeyboardInterrupt):
+        train(toy.build(), Stopping(toy.Rows(20), 5), None, config, folder)
+    time.sleep(0.7)  # a pause of more than the budget costs nothing of it
+    with closing(RunFolder(tmp_path / "run", resume=True)) as folder:
+        train(toy.build(), toy.Rows(20), None, config, folder)
+    rows = [json.loads(x) for x in (tmp_path / "run" / "speed.jsonl").read_text().splitlines()]
+    seconds = [row["seconds"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) > 10
+    assert seconds == sorted(seconds)
+    assert seconds[-2] < 0.6 <= seconds[-1]
 
 
 def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(toy, run, tmp_path):

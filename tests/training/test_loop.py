@@ -272,6 +272,15 @@ def test_equal_runs_are_bit_equal_and_seeds_differ(toy, tmp_path):
     assert first[1] != other[1]
 
 
+def test_the_seed_decides_dropout(toy):
+    losses = []
+    for seed in (0, 0, 1):
+        objective = toy.build(dropout=0.5, noise=0.0)
+        rows = train(objective, toy.Rows(1), None, toy.config(steps=1, batch_size=1, seed=seed))
+        losses.append(rows[0]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "cpu:x"])
 def test_an_unknown_device_is_refused(toy, device):
     with pytest.raises(ConfigError, match=r"training\.device"):
