@@ -414,7 +414,7 @@ def record_comparison(name: str, result: dict[str, Any]) -> None:
     )
 
 
-def record_evaluation(name: str, run: str, scores: dict[str, float]) -> None:
+def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
     """Records an evaluation in docs/results."""
     seed = configuration.read_toml(Path(run) / "run.toml")["training"]["seed"]
-    results.record(name, command=_command(), seeds=[seed], seconds=0.0, scores=scores)
+    results.record(name, command=_command(), seeds=[seed], seconds=seconds, scores=scores)

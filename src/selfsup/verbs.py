@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb runs, so help and `list` answer at once.
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,11 @@ def evaluate(options: argparse.Namespace) -> None:
     """Scores a run; prints a line per metric."""
     from selfsup import api
 
+    started = time.monotonic()
     scores = api.evaluate(options.model, options.data, _columns(options))
     if options.record:
-        api.record_evaluation(options.record, options.model, scores)
+        seconds = time.monotonic() - started
+        api.record_evaluation(options.record, options.model, scores, seconds)
     for name, value in scores.items():
         print(f"{name}\t{value:.6g}")
 
