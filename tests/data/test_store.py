@@ -2,6 +2,7 @@ import json
 import math
 import os
 import random
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -252,3 +253,22 @@ def test_default_cache(monkeypatch, tmp_path):
 
 def test_words():
     assert num_words("日本語の words, und más") == 4 + 3
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path):
+    """A real file system with 256 KiB of room; what lay there before stays."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(cache)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        (cache / "other").write_text("kept")
+        text = tmp_path / "corpus.txt"
+        text.write_text("a cat sat on the mat and then it went away again\n" * 20_000)
+        with pytest.raises(StorageError, match="no space left on the device"):
+            build_or_open(text, MANY["gpt"], StoreConfig(split_documents="line"), cache)
+        assert [p.name for p in cache.iterdir()] == ["other"]
+        assert (cache / "other").read_text() == "kept"
+    finally:
+        subprocess.run(["umount", str(cache)], check=True)

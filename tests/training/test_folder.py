@@ -96,6 +96,46 @@ def test_the_best_weights_survive_a_cut(toy, tmp_path):
     assert load_newest(tmp_path / "run" / "checkpoints").weights["seen"] == 12
 
 
+@pytest.mark.parametrize(("every", "expected"), [(None, []), (0, [0]), (5, [0, 5, 10])])
+def test_refresh_comes_when_it_should_and_survives_a_cut(toy, tmp_path, every, expected):
+    """It sees all data in order, and its randomness, dropout too, is that of its step."""
+
+    class Refreshing(toy.Largest):
+        refresh_every = every
+
+        def __init__(self):
+            super().__init__(dropout=0.5)
+            self.register_buffer("drawn", torch.zeros(2))
+            self.refreshed = []
+
+        def refresh(self, batches, generator):
+            seen = torch.cat([batch["index"] for batch in batches])
+            assert seen.tolist() == list(range(20))
+            self.refreshed.append(len(self.steps))
+            self.drawn[0] += torch.rand((), generator=generator)
+            self.drawn[1] += self.dropout(torch.ones(50)).sum()
+
+    config = toy.config(steps=12, checkpoint_every=4)
+    whole = toy.build(kind=Refreshing)
+    train(whole, toy.Rows(20), None, config)
+    assert whole.refreshed == expected
+    for stop, resume in ((7, False), (99, True)):
+        objective = toy.build(kind=Refreshing)
+        data = Watched(toy.Rows(20), stop)
+        with closing(RunFolder(tmp_path / "run", resume)) as folder, suppress(KeyboardInterrupt):
+            train(objective, data, None, config, folder)
+    toy.same(toy.weights(objective), toy.weights(whole))
+
+
+class Watched(Stopping):
+    """As `Stopping`, but a whole pass over the data in order does not count."""
+
+    def batch(self, numbers):
+        if list(numbers) == list(range(numbers[0], numbers[0] + len(numbers))):
+            return self.data.batch(numbers)
+        return super().batch(numbers)
+
+
 def test_a_budget_in_minutes_counts_the_time_before_a_cut(toy, tmp_path):
     config = toy.config(minutes=0.01, checkpoint_every=1)
     with closing(RunFolder(tmp_path / "run")) as folder, suppress(KeyboardInterrupt):

@@ -247,6 +247,16 @@ def test_a_rate_that_ruins_the_weights_is_told_apart_at_the_evaluation(toy):
         train(toy.build(), toy.Rows(9), toy.Rows(9), config)
 
 
+def test_bfloat16_keeps_weights_and_losses_in_float32(toy):
+    objective, exact = toy.build(noise=0.0), toy.build(noise=0.0)
+    rows = train(objective, toy.Rows(9), None, toy.config(steps=5, precision="bfloat16"))
+    expected = train(exact, toy.Rows(9), None, toy.config(steps=5))
+    losses = column(rows, "train", "loss")
+    assert losses != column(expected, "train", "loss"), "nothing was computed in bfloat16"
+    assert losses == pytest.approx(column(expected, "train", "loss"), rel=0.02)
+    assert {p.dtype for p in objective.parameters()} == {torch.float32}
+
+
 def test_it_leaves_the_callers_random_state(toy):
     before = torch.get_rng_state()
     train(toy.build(dropout=0.5), toy.Rows(9), toy.Rows(9), toy.config(steps=5))

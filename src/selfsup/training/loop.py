@@ -205,6 +205,7 @@ class _Run:
             to_device(self.data.batch(order[i : min(i + size, len(self.data))]), self.device)
             for i in starts
         )
+        seed_layers(self.config.seed, "refresh", step)  # dropout, if it leaves that switched on
         self.objective.refresh(batches, self._generator("refresh", step))
 
     def set_learning_rate(self) -> None:
