@@ -18,7 +18,7 @@ from selfsup.data.labels import LabelledText, read
 from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import compare as comparison
 from selfsup.evaluation import showcase
-from selfsup.evaluation.adapt import adapt, answers, default_training
+from selfsup.evaluation.adapt import answers, default_training, fit, new_task
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Model, build_encoder, build_objective, load_model, save_model
@@ -234,21 +234,21 @@ def finetune(
         if resume:
             same = {k: sections[k] for k in ("model", "task", "labels")}
             _check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
-        _write_run(folder.path, {**sections, **extra}, training, base.objective, facts, str(data))
-        adapted = adapt(
-            base.encoder,
+        built = new_task(
+            base.encoder, task, task_config, train_data, tuning=tuning, seed=training.seed
+        )
+        _write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
+        fit(
+            built,
             base.preprocessor.tokenizer,
-            task,
-            task_config,
             train_data,
             training,
-            tuning=tuning,
             max_length=max_length,
             valid=valid_data,
             folder=folder,
         )
         preprocessor = type(base.preprocessor)(base.preprocessor.tokenizer, max_length)
-        save_model(folder.path / "model", adapted.task, sections, preprocessor)
+        save_model(folder.path / "model", built, sections, preprocessor)
     finally:
         folder.close()
     return folder.path

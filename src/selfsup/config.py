@@ -84,7 +84,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             hint_text = nearest(str(value), map(str, args))
             raise ConfigError(f"{where} = {value!r} is not allowed{hint_text}")
         return value
-    if origin is tuple and isinstance(value, list | tuple):
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, where) for item in value)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
@@ -193,15 +195,19 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         ("model", registry.MODELS),
         ("method", registry.METHODS),
     ):
+        if not isinstance(values.get(section, {}), dict):
+            raise ConfigError(f"{section} is a section, got {values[section]!r}")
         keys = dict(values.get(section, {}))
         name = keys.pop("name", None)
-        if name is None:
+        if not isinstance(name, str):
             raise ConfigError(f"section [{section}] needs a name: one of {', '.join(table)}")
         if "preset" in keys:
             keys = {**preset_values(keys.pop("preset")), **keys}
         module = registry.module_of(table, section, name)
         parts[f"{section}_name"] = name
         parts[section] = from_mapping(module.Config, keys, section)
+    if not isinstance(values.get("training", {}), dict):
+        raise ConfigError(f"training is a section, got {values['training']!r}")
     training = from_mapping(TrainingConfig, values.get("training", {}), "training")
     return RunConfig(**parts, training=training, recipe=values.get("recipe", {}))
 

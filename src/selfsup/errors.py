@@ -70,6 +70,9 @@ class Interrupted(SelfsupError):
         super().__init__(message)
         self.exit_code = 128 + signum
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # a worker process sends it to its parent
+        return type(self), (str(self), self.exit_code - 128)
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: `; did you mean 'x'?`, or the list of what is known.

@@ -1,8 +1,8 @@
 """A run's `model/` folder: what a user keeps, and the `Model` that loading it gives.
 
-model/config.toml        format, encoder, method or task, label names; names from the tables only
-model/model.safetensors  the weights of the modules in `kept`
-model/tokenizer.json     or another preprocessor's file
+    model/config.toml        format, encoder, method or task, label names, the weights' sha256
+    model/model.safetensors  the weights of the modules in `kept`
+    model/tokenizer.json     or another preprocessor's file
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from selfsup import registry
 from selfsup.batch import Batch
 from selfsup.config import from_mapping, read_toml, write_toml
 from selfsup.errors import CheckpointError, ConfigError, DataError
-from selfsup.files import whole_folder
+from selfsup.files import sha256, whole_folder
 from selfsup.models.encoder import Encoder, masked_mean
 from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
 from selfsup.randomness import isolated, seed_layers, torch_generator
@@ -57,8 +57,10 @@ def save_model(path: Path, objective: Objective, values: dict[str, Any], preproc
         preprocessor: what a user's items go through.
     """
     with whole_folder(path) as aside:
-        (aside / "config.toml").write_text(write_toml({"format": FORMAT, **values}))
         save_tensors(aside / "model.safetensors", kept_weights(objective))
+        hashes = {"model.safetensors": sha256(aside / "model.safetensors")}
+        document = {"format": FORMAT, **values, "sha256": hashes}
+        (aside / "config.toml").write_text(write_toml(document))
         preprocessor.save(aside)
 
 
@@ -103,10 +105,18 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
         preprocessor.spec if kind == "methods" else names,
         seed=0,
     )
-    weights = load_tensors(path / "model.safetensors")
+    weights = _verified_weights(path, values)
     others = {k: v for k, v in objective.state_dict().items() if k not in kept_weights(objective)}
     load_weights(objective, {**others, **weights}, str(path / "model.safetensors"))
     return Model(objective, preprocessor, names, values, device)
+
+
+def _verified_weights(path: Path, values: dict[str, Any]) -> dict[str, torch.Tensor]:
+    file = path / "model.safetensors"
+    tensors = load_tensors(file)
+    if values.get("sha256", {}).get(file.name) != sha256(file):
+        raise CheckpointError(f"{file}: damaged: its sha256 differs from the one in config.toml")
+    return tensors
 
 
 @final

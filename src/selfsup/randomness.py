@@ -36,7 +36,10 @@ def numpy_generator(seed: int, purpose: str, *numbers: int) -> np.random.Generat
 
 def seed_layers(seed: int, purpose: str, *numbers: int) -> None:
     """Seeds the state that torch's own initialisers and dropout read; only inside `isolated`."""
-    torch.random.manual_seed(derive(seed, purpose, *numbers))
+    number = derive(seed, purpose, *numbers)
+    torch.default_generator.manual_seed(number)  # torch.random.manual_seed is 200 times slower
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Adapting an encoder to a task: build the head, choose what trains, run the one loop, score."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from selfsup import registry
+from selfsup import console, registry
 from selfsup.data.labels import Labelled, LabelledText
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import build_objective
@@ -19,19 +18,6 @@ from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
 PASSES = 5  # over the labels, once there are many
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """A trained task and how it got there.
-
-    Attributes:
-        task: the trained task, in eval mode.
-        rows: its rows of metrics.
-    """
-
-    task: Task
-    rows: list[dict[str, Any]]
 
 
 def default_training(num_labels: int, dim: int) -> TrainingConfig:
@@ -54,45 +40,56 @@ def default_training(num_labels: int, dim: int) -> TrainingConfig:
     )
 
 
-def adapt(
-    encoder: Encoder,
+def new_task(
+    encoder: Encoder, name: str, config: Any, train_data: Labelled, *, tuning: str, seed: int
+) -> Task:
+    """A task on a copy of an encoder, ready to be trained.
+
+    Args:
+        encoder: copied, so the caller's weights stay as they are.
+        name: a task of `registry.TASKS`.
+        config: that task's `Config`.
+        train_data: labelled examples: their names, or mean and spread of their numbers.
+        tuning: a name of `registry.TUNINGS`: which parameters move.
+        seed: decides the head's initial weights.
+    """
+    task = build_objective("tasks", name, config, copy.deepcopy(encoder), train_data.names, seed)
+    if name == "regression":
+        task.fit_labels(train_data.labels)
+    registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
+    return task
+
+
+def fit(
+    task: Task,
     tokenizer: Any,
-    name: str,
-    config: Any,
     train_data: Labelled,
     training: TrainingConfig,
     *,
-    tuning: str = "full",
     max_length: int = 128,
     valid: Labelled | None = None,
     folder: RunFolder | None = None,
     title: str = "fine-tuning",
-) -> Adapted:
-    """Trains a task on labelled data.
+) -> list[dict[str, Any]]:
+    """Trains a task on labelled data; gives the rows of its metrics.
 
     Args:
-        encoder: copied first, so the caller's weights stay as they are.
+        task: from `new_task`.
         tokenizer: the encoder's own.
-        name: a task of `registry.TASKS`.
-        config: that task's `Config`.
         train_data: labelled examples.
-        training: budget and optimizer; its seed also decides the head's initial weights.
-        tuning: a name of `registry.TUNINGS`: which parameters move.
+        training: budget and optimizer.
         max_length: longest row in tokens.
         valid: held-out examples whose loss and metric are followed while training.
         folder: where the run is kept.
         title: what the progress line says.
     """
-    encoder = copy.deepcopy(encoder)
-    task = build_objective("tasks", name, config, encoder, train_data.names, training.seed)
-    if name == "regression":
-        task.fit_labels(train_data.labels)
-    registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
     data = LabelledText(train_data, tokenizer, max_length)
+    if data.truncated:
+        share = f"{data.truncated:,} of {len(data):,} training examples"
+        console.say(f"{share} are longer than {max_length} tokens and were cut")
     held_out = LabelledText(valid, tokenizer, max_length) if valid else None
     watch = (lambda: score(task, held_out)) if held_out else None
-    rows = train(task, data, held_out, training, folder, title, watch)
-    return Adapted(task, rows)
+    return train(task, data, held_out, training, folder, title, watch)
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ import torch
 from selfsup import console, registry
 from selfsup.data.labels import Labelled, LabelledText, read, split, subset
 from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
-from selfsup.evaluation.adapt import adapt, default_training, score
+from selfsup.evaluation.adapt import default_training, fit, new_task, score
 from selfsup.evaluation.baselines import fit_baseline
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import Model, build_encoder, load_model
@@ -255,23 +255,28 @@ class _Trainer:
             log_every=5,
         )
         module = registry.module_of(registry.TASKS, "task", settings.task)
-        adapted = adapt(
+        task = new_task(
             self.encoder(cell),
-            self.model.preprocessor.tokenizer,
             settings.task,
             module.Config(),
             data,
-            training,
             tuning=settings.tuning,
+            seed=cell.seed,
+        )
+        rows = fit(
+            task,
+            self.model.preprocessor.tokenizer,
+            data,
+            training,
             max_length=settings.max_length,
             valid=self.watched,
         )
         curve = {
-            "step": [row["step"] for row in adapted.rows],
-            "loss": [row["loss"] if row["split"] == "train" else None for row in adapted.rows],
-            "score": [row.get("score") for row in adapted.rows],
+            "step": [row["step"] for row in rows],
+            "loss": [row["loss"] if row["split"] == "train" else None for row in rows],
+            "score": [row.get("score") for row in rows],
         }
-        return Result(cell, score(adapted.task, self.valid), score(adapted.task, self.test), curve)
+        return Result(cell, score(task, self.valid), score(task, self.test), curve)
 
 
 class _workers:

@@ -116,10 +116,10 @@ def train(
                 run.log(bar)
             if run.evaluation_due():
                 run.evaluate()
-            if run.finished():
-                break
             if signals.received is not None:
                 raise run.interrupted(signals.received)
+            if run.finished():
+                break
             if position.step % config.checkpoint_every == 0:
                 run.save()
         return run.end()
