@@ -350,3 +350,23 @@ def test_one_line_of_20_megabytes(selfsup, corpus, tmp_path):
     assert (facts["documents"], facts["split_by"]) == (1, "part")
     words = facts["train"]["words"] + facts["valid"]["words"]
     assert words == pytest.approx(13 * (20_000_000 // len(sentence)), rel=1e-3)
+
+
+def test_pairs_from_end_to_end(selfsup, masked_run, tmp_path):
+    """Do the two halves praise and blame alike?"""
+    lines = [f"{a},{b},{int(a == b)}" for a in ("good", "bad") for b in ("good", "bad")] * 4
+    words = {"good": "the film was great", "bad": "the film was awful"}
+    path = tmp_path / "pairs.csv"
+    cells = [line.split(",") for line in lines]
+    body = "\n".join(f"{words[a]},{words[b]},{same}" for a, b, same in cells)
+    path.write_text(f"one,two,label\n{body}\n")
+    columns = ("--text", "one", "--text-b", "two")
+    settings = ("--set", "training.steps=4")
+    run = tmp_path / "pairs"
+    data = ("--task", "classification", "--data", path)
+    assert selfsup("finetune", masked_run, *data, *columns, *settings, "--out", run).code == 0
+    answer = selfsup("predict", run, "--data", path, *columns)
+    assert answer.code == 0, answer.err
+    found = [line.split("\t") for line in answer.out.splitlines()]
+    assert [line[2] for line in found] == [f"{words[a]} | {words[b]}" for a, b, _ in cells]
+    assert {line[0] for line in found} <= {"0", "1"}

@@ -206,12 +206,14 @@ def _add_using_verbs(parsers: Any) -> None:
         verbs.predict,
         "label new items with a fine-tuned run",
         "  selfsup predict runs/reviews 'A wonderful film.'\n"
-        "  selfsup predict runs/reviews --data new.csv > labels.tsv",
+        "  selfsup predict runs/reviews --data new.csv > labels.tsv\n"
+        "  selfsup predict runs/pairs --data new.csv --text question --text-b answer",
     )
     p.add_argument("model", help="a fine-tuned run folder")
     p.add_argument("items", nargs="*", help="texts")
     p.add_argument("--data", nargs="+", help="texts: one per line of .txt, or a column")
     p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument("--text-b", metavar="COLUMN", help="the second text, for a model of pairs")
 
 
 def _add_looking_verbs(parsers: Any) -> None:

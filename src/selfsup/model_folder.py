@@ -1,8 +1,8 @@
 """A run's `model/` folder: what a user keeps, and the `Model` that loading it gives.
 
-    model/config.toml        format, encoder, method or task, label names, the weights' sha256
-    model/model.safetensors  the weights of the modules in `kept`
-    model/tokenizer.json     or another preprocessor's file
+model/config.toml        format, encoder, method or task, label names, the weights' sha256
+model/model.safetensors  the weights of the modules in `kept`
+model/tokenizer.json     or another preprocessor's file
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -130,6 +130,18 @@ def _texts(options: argparse.Namespace) -> list[str]:
     return [document.text for document in found]
 
 
+def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
+    from selfsup.data.label_files import find_column, table
+
+    pairs = []
+    for path in map(Path, options.data):
+        columns, records = table(path)
+        a = find_column(path, columns, "text", options.text)
+        b = find_column(path, columns, "text_b", options.text_b)
+        pairs += [(str(record.cells[a]), str(record.cells[b])) for record in records]
+    return pairs
+
+
 def embed(options: argparse.Namespace) -> None:
     """Writes one vector per text."""
     import io
@@ -179,18 +191,22 @@ def predict(options: argparse.Namespace) -> None:
 
     if not options.items and not options.data:
         raise ConfigError("nothing to predict: give texts, or --data FILE")
-    texts = list(options.items) + (_texts(options) if options.data else [])
+    texts: list[Any] = list(options.items)
+    if options.data:
+        texts += _pairs(options) if options.text_b else _texts(options)
     model = api.load(options.model)
     task = model.values.get("task", {}).get("name")
     if task == "classification":
         for text, share in zip(texts, model.predict_proba(texts), strict=True):
-            print(f"{model.names[share.argmax()]}\t{share.max():.4f}\t{text}")
+            shown = " | ".join(text) if isinstance(text, tuple) else text
+            print(f"{model.names[share.argmax()]}\t{share.max():.4f}\t{shown}")
         return
     for text, answer in zip(texts, model.predict(texts), strict=True):
         if task == "tagging":
             print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), answer, strict=True)))
         else:
-            print(f"{answer:.6g}\t{text}")
+            shown = " | ".join(text) if isinstance(text, tuple) else text
+            print(f"{answer:.6g}\t{shown}")
 
 
 def report(options: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ Deviations from the papers:
   attention stays inside a document (GPT-2 reads across). The token that ends one is a target.
 - Written text holds no special token but the one that ends it: padding and [CLS] are never targets,
   so their probabilities mean nothing.
+
+Reference result: docs/results/gpt-mini-english.json, with its command.
 """
 
 from dataclasses import dataclass

@@ -16,6 +16,9 @@ Deviations from the papers:
   projection, which runs at chosen positions only, has a fixed shape: no wait for the device.
 - The negative B of `nsp` comes from another row of the batch.
 - Random replacements are drawn from the ordinary tokens, never a special one.
+- Under gradient accumulation the sentence loss weighs by masked tokens, not by rows.
+
+Reference results: docs/results/demo.json and bert-mini-english.json, with their commands.
 """
 
 import math
