@@ -138,7 +138,9 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--steps", type=int, help="steps per training (default: by number of labels)")
     p.add_argument("--tuning", default="full", help="full, or probe (frozen encoder)")
     p.add_argument("--max-length", type=int, default=128, help="longest row in tokens (128)")
-    p.add_argument("--jobs", type=int, default=0, help="trainings side by side (0: one per core)")
+    p.add_argument(
+        "--jobs", type=int, default=0, help="trainings side by side (0: one per core, at most 8)"
+    )
     p.add_argument("--out", help="another place for compare.json")
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)

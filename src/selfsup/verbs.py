@@ -4,7 +4,6 @@ Nothing heavy is imported before a verb runs, so help and `list` answer at once.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -64,11 +63,12 @@ def finetune(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Compares the arms; prints a table and the verdict."""
     from selfsup import api
+    from selfsup.evaluation.compare import default_jobs
 
     settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
     settings |= {
         "max_length": options.max_length,
-        "jobs": options.jobs or len(os.sched_getaffinity(0)),
+        "jobs": options.jobs or default_jobs(),
     }
     if options.lrs:
         settings["lrs"] = tuple(options.lrs)

@@ -88,6 +88,11 @@ class Settings:
             raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
 
 
+def default_jobs() -> int:
+    """One training per core, at most 8; where there is a GPU, one that has it for itself."""
+    return 1 if torch.cuda.is_available() else min(8, len(os.sched_getaffinity(0)))
+
+
 @dataclass(frozen=True)
 class Cell:
     """One trained model of the comparison; the classical baseline has no learning rate."""
