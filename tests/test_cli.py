@@ -155,7 +155,7 @@ def test_compare_report_and_doctor(selfsup, masked_run, corpus, tmp_path):
     for curve in found["curves"]:
         assert [x for x, y in zip(curve["step"], curve["loss"], strict=True) if y] == [5, 10, 12]
         watched = [y for y in curve["score"] if y is not None]
-        assert len(watched) == 11  # before the first step, and ten times on the way
+        assert len(watched) == 9  # before the first step, and eight times on the way
         assert all(0 <= score <= 1 for score in watched)
     assert found["baseline_names"].keys() == {"8", "40"}
     assert all(len(names) == 3 for names in found["baseline_names"].values())

@@ -30,8 +30,8 @@ from selfsup.models.encoder import Encoder
 from selfsup.randomness import Order
 
 ARMS = ("pretrained", "scratch")
-MAX_VALID = 1000  # examples that choose a learning rate; more would only cost time
-MAX_WATCHED, CURVE_POINTS = 128, 10  # held-out examples and evaluations of a fine-tuning curve
+MAX_VALID = 500  # examples that choose a learning rate; more would only cost time
+MAX_WATCHED, CURVE_POINTS = 64, 8  # held-out examples and evaluations of a fine-tuning curve
 
 
 @dataclass(frozen=True, kw_only=True)
