@@ -1,9 +1,6 @@
 """The verbs, as functions: what `import selfsup` gives and what the command line calls."""
 
-import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 
 from selfsup import config as configuration
-from selfsup import console, environment, registry, results
+from selfsup import console, environment, registry
 from selfsup.config import RunConfig, run_config, run_values
 from selfsup.data.labels import LabelledText, read
 from selfsup.errors import CheckpointError, ConfigError, nearest
@@ -141,12 +138,6 @@ def _say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
     )
 
 
-def _command() -> str:
-    program = Path(sys.argv[0])
-    ours = program.name == "selfsup" or program.parts[-2:] == ("selfsup", "__main__.py")
-    return shlex.join(["selfsup", *sys.argv[1:]]) if ours else "Python API"
-
-
 def _write_run(
     path: Path,
     sections: dict[str, Any],
@@ -161,7 +152,7 @@ def _write_run(
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     values = {
         **sections,
-        "command": {"line": _command(), "source": source},
+        "command": {"line": environment.command_line(), "source": source},
         "environment": {
             **environment.versions(),
             **environment.machine(),
@@ -343,7 +334,7 @@ def compare(
     counts = settings.pop("label_counts", None) or _default_counts(len(labels.train))
     chosen = comparison.Settings(task=task, label_counts=tuple(counts), **settings)
     result = comparison.compare(run, labels, chosen)
-    result["command"] = _command()
+    result["command"] = environment.command_line()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
     spec = model.preprocessor.spec
@@ -384,37 +375,3 @@ def say_next(run: Path) -> None:
     """The next steps to try, for people."""
     console.say(f"next: selfsup report {run}")
     console.say(f"      selfsup compare {run} --task classification --data LABELLED.csv")
-
-
-def record_pretraining(name: str, run: Path) -> None:
-    """Records the last held-out row of a pre-training run in docs/results."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speed = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
-    held_out = [row for row in rows if row["split"] == "valid"]
-    seed = configuration.read_toml(run / "run.toml")["training"]["seed"]
-    results.record(
-        name,
-        command=_command(),
-        seeds=[seed],
-        seconds=speed[-1]["seconds"],
-        scores={"first": held_out[0], "last": held_out[-1]},
-    )
-
-
-def record_comparison(name: str, result: dict[str, Any]) -> None:
-    """Records a comparison in docs/results."""
-    keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "baseline_names")
-    results.record(
-        name,
-        command=_command(),
-        seeds=result["seeds"],
-        seconds=result["seconds"],
-        scores=result["arms"],
-        **{key: result[key] for key in keys},
-    )
-
-
-def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
-    """Records an evaluation in docs/results."""
-    seed = configuration.read_toml(Path(run) / "run.toml")["training"]["seed"]
-    results.record(name, command=_command(), seeds=[seed], seconds=seconds, scores=scores)

@@ -3,6 +3,9 @@
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("selfsup", "torch", "numpy", "tokenizers", "scikit-learn")
@@ -41,3 +44,10 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name(0)
     return facts
+
+
+def command_line() -> str:
+    """What was typed to make this process, or `Python API`."""
+    program = Path(sys.argv[0])
+    ours = program.name == "selfsup" or program.parts[-2:] == ("selfsup", "__main__.py")
+    return shlex.join(["selfsup", *sys.argv[1:]]) if ours else "Python API"

@@ -1,10 +1,12 @@
 """Recorded results: a number that a page quotes stands in docs/results/NAME.json."""
 
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
 from selfsup import environment
+from selfsup.config import read_toml
 from selfsup.files import write_json
 
 FOLDER = Path("docs/results")
@@ -38,3 +40,37 @@ def record(
         },
     )
     return path
+
+
+def record_pretraining(name: str, run: Path) -> None:
+    """Records the last held-out row of a pre-training run in docs/results."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speed = [json.loads(line) for line in (run / "speed.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["split"] == "valid"]
+    seed = read_toml(run / "run.toml")["training"]["seed"]
+    record(
+        name,
+        command=environment.command_line(),
+        seeds=[seed],
+        seconds=speed[-1]["seconds"],
+        scores={"first": held_out[0], "last": held_out[-1]},
+    )
+
+
+def record_comparison(name: str, result: dict[str, Any]) -> None:
+    """Records a comparison in docs/results."""
+    keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "baseline_names")
+    record(
+        name,
+        command=environment.command_line(),
+        seeds=result["seeds"],
+        seconds=result["seconds"],
+        scores=result["arms"],
+        **{key: result[key] for key in keys},
+    )
+
+
+def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
+    """Records an evaluation in docs/results."""
+    seed = read_toml(Path(run) / "run.toml")["training"]["seed"]
+    record(name, command=environment.command_line(), seeds=[seed], seconds=seconds, scores=scores)

@@ -29,13 +29,13 @@ def _sources(options: argparse.Namespace) -> str | list[str]:
 
 def pretrain(options: argparse.Namespace) -> None:
     """Learns from unlabeled data; prints the run folder."""
-    from selfsup import api
+    from selfsup import api, results
 
     run = api.pretrain(
         options.recipe, _sources(options), options.out, _settings(options), options.resume
     )
     if options.record:
-        api.record_pretraining(options.record, run)
+        results.record_pretraining(options.record, run)
     print(run)
     api.say_next(run)
 
@@ -62,7 +62,7 @@ def finetune(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Compares the arms; prints a table and the verdict."""
-    from selfsup import api
+    from selfsup import api, results
     from selfsup.evaluation.compare import default_jobs
 
     settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
@@ -84,7 +84,7 @@ def compare(options: argparse.Namespace) -> None:
         **settings,
     )
     if options.record:
-        api.record_comparison(options.record, result)
+        results.record_comparison(options.record, result)
     _print_comparison(Path(options.out) if options.out else Path(options.model) / "compare.json")
     console.say(f"next: selfsup report {options.model}")
 
@@ -112,13 +112,13 @@ def _print_comparison(path: Path) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a run; prints a line per metric."""
-    from selfsup import api
+    from selfsup import api, results
 
     started = time.monotonic()
     scores = api.evaluate(options.model, options.data, _columns(options))
     if options.record:
         seconds = time.monotonic() - started
-        api.record_evaluation(options.record, options.model, scores, seconds)
+        results.record_evaluation(options.record, options.model, scores, seconds)
     for name, value in scores.items():
         print(f"{name}\t{value:.6g}")
 
