@@ -136,11 +136,13 @@ def _date(run: Run) -> str:
 def _numbers(run: Run) -> dict[str, str]:
     """Up to six numbers that say how large this was."""
     facts = run.values.get("facts", {})
-    out = {
-        key.replace("_", " "): rounded(facts[key])
-        for key in ("documents", "train_tokens", "parameters")
-        if finite(facts.get(key))
+    train = facts.get("train", {})
+    known = {
+        "documents": facts.get("documents"),
+        "train tokens": train.get("tokens") if isinstance(train, dict) else None,
+        "parameters": facts.get("parameters"),
     }
+    out = {name: rounded(value) for name, value in known.items() if finite(value)}
     steps, _ = run.curve("loss")
     if steps:
         out["steps"] = rounded(steps[-1])
