@@ -41,10 +41,10 @@ def fills(model: Model, held_out: Dataset, count: int = 8, top: int = 5) -> list
             batch = to_device({"tokens": row.unsqueeze(0)}, model.device)
             best = model.objective.fill(batch)[0].exp().topk(top)
         candidates = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        before, after = (
-            tokenizer.decode(row[:place].tolist()),
-            tokenizer.decode(row[place + 1 :].tolist()),
-        )
+        # a row may begin inside a word: that piece says nothing to a reader
+        begin = next(i for i in range(1, place + 1) if int(row[i]) not in vocabulary.continues)
+        before = tokenizer.decode(row[begin:place].tolist())
+        after = tokenizer.decode(row[place + 1 :].tolist())
         out.append(
             {
                 "text": f"{before} {tokenizer.token(vocabulary.mask)} {after}".strip(),
