@@ -1,6 +1,7 @@
 """The verbs, as functions: what `import selfsup` gives and what the command line calls."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 from selfsup import config as configuration
 from selfsup import console, environment, registry
 from selfsup.config import RunConfig, run_config, run_values
-from selfsup.data.labels import LabelledText, read
 from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import compare as comparison
-from selfsup.evaluation import showcase
+from selfsup.evaluation import frozen, showcase
 from selfsup.evaluation.adapt import answers, default_training, fit, new_task
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Model, build_encoder, build_objective, load_model, save_model
+from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Task
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast, pick_device, pick_dtype
@@ -77,14 +78,25 @@ def pretrain(
         prepared = data_module.prepare(config.data, data)
         if resume:
             _check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
+        method = registry.resolve(registry.METHODS, "method", config.method_name)
+        _check_fields(config, method.fields, prepared.train.fields)
         objective = _build_method(config, prepared.spec)
-        _check_fields(config, objective, prepared.train.fields)
+        _check_fields(config, objective.fields, prepared.train.fields)  # it may want more
         source = [str(d) for d in data] if isinstance(data, list | tuple) else str(data)
         _write_run(
             folder.path, run_values(config), config.training, objective, prepared.facts, source
         )
         _say_start(config, objective, prepared)
-        train(objective, prepared.train, prepared.valid, config.training, folder, "pre-training")
+        watch = frozen.online_probe(objective, prepared.train, prepared.valid)
+        train(
+            objective,
+            prepared.train,
+            prepared.valid,
+            config.training,
+            folder,
+            "pre-training",
+            watch,
+        )
         save_model(folder.path / "model", objective, sections, prepared.preprocessor)
         model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
         for name, show in (("fills", showcase.fills), ("samples", showcase.samples)):
@@ -121,8 +133,8 @@ def _check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> 
             )
 
 
-def _check_fields(config: RunConfig, objective: Objective, given: Sequence[str]) -> None:
-    missing = [name for name in objective.fields if name not in given]
+def _check_fields(config: RunConfig, wanted: Sequence[str], given: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in given]
     if missing:
         hint = "; set data.rows = 'pairs'" if "segments" in missing else ""
         raise ConfigError(
@@ -134,7 +146,7 @@ def _say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
     number = sum(p.numel() for p in objective.parameters())
     console.say(
         f"{config.method_name}, {config.model_name} of {number / 1e6:.1f}M parameters, "
-        f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicate documents"
+        f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicates found"
     )
 
 
@@ -174,7 +186,7 @@ def finetune(
     tuning: str = "full",
     settings: dict[str, Any] | None = None,
     columns: Columns | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     resume: bool = False,
 ) -> Path:
     """Adapts a pre-trained run to a task with labels.
@@ -188,7 +200,7 @@ def finetune(
         tuning: full, or probe for a frozen encoder.
         settings: {"training.lr": 1e-3, "task.dropout": 0.0}.
         columns: names of the columns `text`, `text_b` and `label`, where they are not the usual.
-        max_length: longest row in tokens.
+        max_length: longest item (a text in tokens, 128 by default); None: the kind's usual.
         resume: go on from the newest checkpoint in `out`.
 
     Returns:
@@ -196,6 +208,7 @@ def finetune(
     """
     base = load_model(run)
     columns = columns or {}
+    read = registry.module_of(registry.DATA, "data", base.values["data"]["name"]).read_labels
     train_data = read(data, task, **columns)
     valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
     default = default_training(len(train_data), base.encoder.dim)
@@ -209,6 +222,7 @@ def finetune(
     module = registry.module_of(registry.TASKS, "task", task)
     task_config = configuration.from_mapping(module.Config, values["task"], "task")
     training = configuration.from_mapping(TrainingConfig, values["training"], "training")
+    preprocessor = base.preprocessor.limited(max_length)
     folder = RunFolder(Path(out), resume)
     try:
         sections = {
@@ -218,7 +232,7 @@ def finetune(
             "labels": {"names": list(train_data.names)},
         }
         extra = {
-            "tuning": {"name": tuning, "base": str(run), "max_length": max_length},
+            "tuning": {"name": tuning, "base": str(run), "max_length": max_length or 0},
             "training": configuration.to_mapping(training),
         }
         facts = {"labelled_examples": len(train_data)}
@@ -231,14 +245,12 @@ def finetune(
         _write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
         fit(
             built,
-            base.preprocessor.tokenizer,
+            preprocessor,
             train_data,
             training,
-            max_length=max_length,
             valid=valid_data,
             folder=folder,
         )
-        preprocessor = type(base.preprocessor)(base.preprocessor.tokenizer, max_length)
         save_model(folder.path / "model", built, sections, preprocessor)
     finally:
         folder.close()
@@ -266,9 +278,9 @@ def evaluate(
     config = run_config({k: values[k] for k in ("data", "model", "method", "training")})
     data_module = registry.module_of(registry.DATA, "data", config.data_name)
     source = data if data is not None else values["command"]["source"]
-    tokenizer = replace(config.data.tokenizer, file=str(_model_path(run)))
-    given = replace(config.data, tokenizer=tokenizer)
-    prepared = data_module.prepare(given, source)
+    prepared = data_module.prepare(
+        data_module.with_preprocessor(config.data, _model_path(run)), source
+    )
     held_out = prepared.valid if data is None else prepared.train
     side = "valid" if data is None else "train"
     everything = replace(config.training, valid_batches=10**9)
@@ -289,9 +301,9 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
     if data is None:
         raise ConfigError("a fine-tuned run is evaluated on a labelled file: give --data")
     task = model.values["task"]["name"]
-    labelled = read(data, task, names=model.names or None, **columns)
-    tokenizer, length = model.preprocessor.tokenizer, model.preprocessor.max_length
-    held_out = LabelledText(labelled, tokenizer, length)
+    data_module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
+    labelled = data_module.read_labels(data, task, names=model.names or None, **columns)
+    held_out = model.preprocessor.labelled(labelled)
     truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
     names = {
         "classification": ("accuracy", "macro_f1", "matthews"),
@@ -330,20 +342,70 @@ def compare(
     model = load_model(run)
     if isinstance(model.objective, Task):
         raise CheckpointError(f"{run} is fine-tuned already; compare needs a pre-trained run")
-    labels = comparison.read_labels(task, data, valid, test, **(columns or {}))
+    kind = model.values["data"]["name"]
+    labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
     counts = settings.pop("label_counts", None) or _default_counts(len(labels.train))
     chosen = comparison.Settings(task=task, label_counts=tuple(counts), **settings)
     result = comparison.compare(run, labels, chosen)
     result["command"] = environment.command_line()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
-    spec = model.preprocessor.spec
-    name = model.values["model"]["name"]
-    untrained = build_encoder(name, model.encoder.config, spec, seed=0)  # type: ignore[arg-type]
-    shown = showcase.embedding_map(model, untrained, labels.test)
+    shown = showcase.embedding_map(model, _untrained(model), labels.test)
     stem = path.stem if "compare" in path.stem else f"{path.stem}-compare"
     write_json(path.with_name(stem.replace("compare", "embeddings") + ".json"), shown)
     return result
+
+
+def probe(
+    run: str | Path,
+    task: str,
+    data: str | Path,
+    *,
+    valid: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Columns | None = None,
+    max_length: int | None = None,
+) -> dict[str, Any]:
+    """Measures frozen features: weighted kNN and a linear probe; writes probe.json into the run.
+
+    Beside the pre-trained network stand the same network untrained and, where an input is a vector,
+    the raw input.
+
+    Args:
+        run: a pre-trained run.
+        task: classification or regression.
+        data: labelled training file.
+        valid: labelled validation file that chooses the probes' settings; by default split off.
+        test: labelled test file; by default split off `data`.
+        columns: as for `finetune`.
+        max_length: as for `finetune`.
+
+    Returns:
+        what the file holds: `scores` by features and probe.
+    """
+    started = time.monotonic()
+    model = load_model(run)
+    if isinstance(model.objective, Task):
+        raise CheckpointError(f"{run} is fine-tuned already; probe needs a pre-trained run")
+    kind = model.values["data"]["name"]
+    labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
+    scores = frozen.probe(model, _untrained(model), labels, max_length)
+    result = {
+        "task": task,
+        "train_size": len(labels.train),
+        "test_size": len(labels.test),
+        "scores": scores,
+        "seconds": round(time.monotonic() - started, 1),
+        "command": environment.command_line(),
+    }
+    write_json(Path(run) / "probe.json", result)
+    return result
+
+
+def _untrained(model: Model) -> Encoder:
+    """The same network with fresh weights."""
+    name, config = model.values["model"]["name"], model.encoder.config
+    return build_encoder(name, config, model.preprocessor.spec, seed=0)
 
 
 def _default_counts(available: int) -> list[int]:

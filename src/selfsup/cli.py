@@ -54,7 +54,7 @@ def _set_option(parser: argparse.ArgumentParser, example: str) -> None:
 
 def _column_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("columns, where they do not have their usual names")
-    group.add_argument("--text", metavar="COLUMN", help="the text")
+    group.add_argument("--text", metavar="COLUMN", help="the text, picture or path")
     group.add_argument("--text-b", metavar="COLUMN", help="the second text of a pair")
     group.add_argument("--label", metavar="COLUMN", help="the label; for CoNLL-U also xpos, deprel")
 
@@ -111,7 +111,7 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--valid", help="labelled file that is followed while training")
     p.add_argument("--out", required=True, help="the run folder to make")
     p.add_argument("--tuning", default="full", help="full, or probe (frozen encoder)")
-    p.add_argument("--max-length", type=int, default=128, help="longest row in tokens (128)")
+    p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out"
     )
@@ -137,11 +137,27 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates that both arms try")
     p.add_argument("--steps", type=int, help="steps per training (default: by number of labels)")
     p.add_argument("--tuning", default="full", help="full, or probe (frozen encoder)")
-    p.add_argument("--max-length", type=int, default=128, help="longest row in tokens (128)")
+    p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--jobs", type=int, default=0, help="trainings side by side (0: one per core, at most 8)"
     )
     p.add_argument("--out", help="another place for compare.json")
+    p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
+    _column_options(p)
+
+    p = _verb(
+        parsers,
+        "probe",
+        verbs.probe,
+        "see what frozen features are worth: kNN and linear probe, beside an untrained network",
+        "  selfsup probe runs/photos --data train.parquet --test test.parquet",
+    )
+    p.add_argument("model", help="a pre-trained run folder")
+    p.add_argument("--task", default="classification", help="classification (default), regression")
+    p.add_argument("--data", required=True, help="labelled file or folder that fits the probes")
+    p.add_argument("--valid", help="labelled data that choose their settings (default: split off)")
+    p.add_argument("--test", help="labelled data that are scored once (default: split off)")
+    p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
 
@@ -165,16 +181,17 @@ def _add_using_verbs(parsers: Any) -> None:
         parsers,
         "embed",
         verbs.embed,
-        "turn texts into vectors",
-        "  selfsup embed runs/mine --data lines.txt --out vectors.npy",
+        "turn texts, pictures, sounds or rows into vectors",
+        "  selfsup embed runs/mine --data lines.txt --out vectors.npy\n"
+        "  selfsup embed runs/photos --data new/ --out vectors.npy",
     )
     p.add_argument("model", help="a run folder")
     p.add_argument(
-        "--data", required=True, nargs="+", help="texts: one per line of .txt, or a column"
+        "--data", required=True, nargs="+", help="files of the kind that the run was trained on"
     )
-    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
-    p.add_argument("--out", required=True, help="a .npy file: (texts, dim) float32")
-    p.add_argument("--batch-size", type=int, default=64, help="texts per forward pass (64)")
+    p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")
+    p.add_argument("--out", required=True, help="a .npy file: (items, dim) float32")
+    p.add_argument("--batch-size", type=int, default=64, help="items per forward pass (64)")
 
     p = _verb(
         parsers,
@@ -212,9 +229,9 @@ def _add_using_verbs(parsers: Any) -> None:
         "  selfsup predict runs/pairs --data new.csv --text question --text-b answer",
     )
     p.add_argument("model", help="a fine-tuned run folder")
-    p.add_argument("items", nargs="*", help="texts")
-    p.add_argument("--data", nargs="+", help="texts: one per line of .txt, or a column")
-    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument("items", nargs="*", help="texts, or paths of pictures or sounds")
+    p.add_argument("--data", nargs="+", help="files of the kind that the run was trained on")
+    p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")
     p.add_argument("--text-b", metavar="COLUMN", help="the second text, for a model of pairs")
 
 

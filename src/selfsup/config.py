@@ -57,7 +57,8 @@ def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:
         if key not in fields:
             raise ConfigError(f"unknown key {where}.{key}{nearest(key, fields)}")
     converted = {
-        key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()
+        key: _convert(hints[key], _completed(fields[key], value), f"{where}.{key}")
+        for key, value in values.items()
     }
     missing = [
         name
@@ -72,6 +73,16 @@ def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:
         return cls(**converted)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _completed(f: dataclasses.Field, value: Any) -> Any:
+    """A section inside a section changes only the keys that it names: the rest is its default's."""
+    default = f.default
+    if f.default_factory is not dataclasses.MISSING:
+        default = f.default_factory()
+    if isinstance(value, dict) and dataclasses.is_dataclass(default):
+        return {**to_mapping(default), **value}
+    return value
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -202,7 +213,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         if not isinstance(name, str):
             raise ConfigError(f"section [{section}] needs a name: one of {', '.join(table)}")
         if "preset" in keys:
-            keys = {**preset_values(keys.pop("preset")), **keys}
+            keys = {**preset_values(name, keys.pop("preset")), **keys}
         module = registry.module_of(table, section, name)
         parts[f"{section}_name"] = name
         parts[section] = from_mapping(module.Config, keys, section)
@@ -222,9 +233,14 @@ def run_values(config: RunConfig) -> dict[str, Any]:
     return out
 
 
-def preset_values(name: str) -> dict[str, Any]:
-    """A published or proven model size, from `models/presets.toml`."""
-    presets = read_toml(Path(__file__).parent / "models" / "presets.toml")
-    if name not in presets:
-        raise ConfigError(f"unknown model preset {name!r}{nearest(name, presets)}")
-    return {k: v for k, v in presets[name].items() if k != "summary"}
+def presets() -> dict[str, dict[str, Any]]:
+    """Published or proven sizes by name of the model, from `models/presets.toml`."""
+    return read_toml(Path(__file__).parent / "models" / "presets.toml")
+
+
+def preset_values(model: str, name: str) -> dict[str, Any]:
+    """One preset of a model, without its summary."""
+    known = presets().get(model, {})
+    if name not in known:
+        raise ConfigError(f"unknown preset {name!r} of model {model!r}{nearest(name, known)}")
+    return {k: v for k, v in known[name].items() if k != "summary"}

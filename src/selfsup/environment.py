@@ -50,4 +50,10 @@ def command_line() -> str:
     """What was typed to make this process, or `Python API`."""
     program = Path(sys.argv[0])
     ours = program.name == "selfsup" or program.parts[-2:] == ("selfsup", "__main__.py")
-    return shlex.join(["selfsup", *sys.argv[1:]]) if ours else "Python API"
+    if not ours:
+        return "Python API"
+    words = [shlex.quote(word) for word in ("selfsup", *sys.argv[1:])]
+    data = os.environ.get("SELFSUP_DATA")  # where studies find their data sets: elsewhere for each
+    if data:
+        words = [word.replace(data, "$SELFSUP_DATA") for word in words]
+    return " ".join(words)

@@ -44,7 +44,7 @@ class Objective(nn.Module):
     """
 
     encoder: Encoder
-    fields: tuple[str, ...] = ("tokens",)
+    fields: tuple[str, ...] = ()
     kept: tuple[str, ...] = ("encoder",)
     refresh_every: int | None = None
     chance_loss: float | None = None
@@ -86,6 +86,15 @@ class Scores(Protocol):
 
     def score(self, batch: Batch) -> Mapping[str, Tensor]:
         """`log_probability` (batch, time) float32 and `scored` (batch, time) bool."""
+        ...
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """A method whose model can rebuild its input."""
+
+    def reconstruct(self, batch: Batch) -> Tensor:
+        """The inputs as the model rebuilds them, (batch, ...), on the standardised scale."""
         ...
 
 

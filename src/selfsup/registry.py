@@ -14,13 +14,36 @@ from selfsup.errors import ConfigError, nearest
 
 DATA = {
     "text": "selfsup.data.text:prepare",
+    "image": "selfsup.data.image:prepare",
+    "audio": "selfsup.data.audio:prepare",
+    "table": "selfsup.data.table:prepare",
+    "series": "selfsup.data.series:prepare",
 }
 MODELS = {
+    "mlp": "selfsup.models.mlp:MLPEncoder",
+    "recurrent": "selfsup.models.recurrent:RecurrentEncoder",
+    "resnet": "selfsup.models.resnet:ResNetEncoder",
     "transformer": "selfsup.models.transformer:TransformerEncoder",
 }
 METHODS = {
+    "simclr": "selfsup.methods.contrastive.simclr:SimCLR",
+    "moco": "selfsup.methods.contrastive.moco:MoCo",
+    "byol": "selfsup.methods.bootstrapping.byol:BYOL",
+    "simsiam": "selfsup.methods.bootstrapping.simsiam:SimSiam",
+    "barlow_twins": "selfsup.methods.regularized.barlow_twins:BarlowTwins",
+    "vicreg": "selfsup.methods.regularized.vicreg:VICReg",
+    "rotation": "selfsup.methods.predictive.rotation:Rotation",
+    "context_prediction": "selfsup.methods.predictive.context_prediction:ContextPrediction",
+    "deepcluster": "selfsup.methods.predictive.deepcluster:DeepCluster",
+    "best_rq": "selfsup.methods.predictive.best_rq:BestRQ",
+    "autoencoder": "selfsup.methods.autoencoding.autoencoder:Autoencoder",
+    "vae": "selfsup.methods.autoencoding.vae:VAE",
+    "vqvae": "selfsup.methods.autoencoding.vqvae:VQVAE",
+    "context_encoder": "selfsup.methods.generative.context_encoder:ContextEncoder",
     "masked_language": "selfsup.methods.generative.masked_language:MaskedLanguage",
     "causal_language": "selfsup.methods.generative.causal_language:CausalLanguage",
+    "apc": "selfsup.methods.generative.apc:APC",
+    "mockingjay": "selfsup.methods.generative.mockingjay:Mockingjay",
 }
 TASKS = {
     "classification": "selfsup.tasks.classification:Classification",

@@ -70,6 +70,19 @@ def record_comparison(name: str, result: dict[str, Any]) -> None:
     )
 
 
+def record_probe(name: str, run: str, result: dict[str, Any]) -> None:
+    """Records probes in docs/results."""
+    seed = read_toml(Path(run) / "run.toml")["training"]["seed"]
+    record(
+        name,
+        command=result["command"],
+        seeds=[seed],
+        seconds=result["seconds"],
+        scores=result["scores"],
+        test_size=result["test_size"],
+    )
+
+
 def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
     """Records an evaluation in docs/results."""
     seed = read_toml(Path(run) / "run.toml")["training"]["seed"]

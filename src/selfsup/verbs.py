@@ -110,6 +110,26 @@ def _print_comparison(path: Path) -> None:
     print(f"{words.headline}\n{words.conclusion}")
 
 
+def probe(options: argparse.Namespace) -> None:
+    """Probes frozen features; prints a line per kind of features."""
+    from selfsup import api, results
+
+    result = api.probe(
+        options.model,
+        options.task,
+        options.data,
+        valid=options.valid,
+        test=options.test,
+        columns=_columns(options),
+        max_length=options.max_length,
+    )
+    if options.record:
+        results.record_probe(options.record, options.model, result)
+    for name, scores in result["scores"].items():
+        print("\t".join([f"{name:<12}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
+    console.say(f"next: selfsup report {options.model}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a run; prints a line per metric."""
     from selfsup import api, results
@@ -123,11 +143,12 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{name}\t{value:.6g}")
 
 
-def _texts(options: argparse.Namespace) -> list[str]:
-    from selfsup.data.reading import documents
+def _items(options: argparse.Namespace, model: Any) -> list[tuple[str, Any]]:
+    """(what people call it, the item) for everything in --data, read as the model's data are."""
+    from selfsup import registry
 
-    found = documents(_sources(options), text_column=options.text, split="line")
-    return [document.text for document in found]
+    data_module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
+    return list(data_module.read_items(_sources(options), options.text))
 
 
 def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
@@ -143,7 +164,7 @@ def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def embed(options: argparse.Namespace) -> None:
-    """Writes one vector per text."""
+    """Writes one vector per item."""
     import io
 
     import numpy as np
@@ -151,8 +172,9 @@ def embed(options: argparse.Namespace) -> None:
     from selfsup import api
     from selfsup.files import write_bytes
 
-    texts = _texts(options)
-    vectors = api.load(options.model).embed(texts, options.batch_size)
+    model = api.load(options.model)
+    items = [item for _, item in _items(options, model)]
+    vectors = model.embed(items, options.batch_size)
     buffer = io.BytesIO()
     np.save(buffer, vectors, allow_pickle=False)
     path = Path(options.out)
@@ -186,27 +208,28 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Prints a label per text."""
+    """Prints a label per item."""
     from selfsup import api
 
     if not options.items and not options.data:
-        raise ConfigError("nothing to predict: give texts, or --data FILE")
-    texts: list[Any] = list(options.items)
-    if options.data:
-        texts += _pairs(options) if options.text_b else _texts(options)
+        raise ConfigError("nothing to predict: give items, or --data FILE")
     model = api.load(options.model)
+    items: list[tuple[str, Any]] = [(item, item) for item in options.items]
+    if options.data and options.text_b:
+        items += [(" | ".join(pair), pair) for pair in _pairs(options)]
+    elif options.data:
+        items += _items(options, model)
+    names, values = [name for name, _ in items], [item for _, item in items]
     task = model.values.get("task", {}).get("name")
     if task == "classification":
-        for text, share in zip(texts, model.predict_proba(texts), strict=True):
-            shown = " | ".join(text) if isinstance(text, tuple) else text
-            print(f"{model.names[share.argmax()]}\t{share.max():.4f}\t{shown}")
+        for name, share in zip(names, model.predict_proba(values), strict=True):
+            print(f"{model.names[share.argmax()]}\t{share.max():.4f}\t{name}")
         return
-    for text, answer in zip(texts, model.predict(texts), strict=True):
+    for name, answer in zip(names, model.predict(values), strict=True):
         if task == "tagging":
-            print(" ".join(f"{w}/{t}" for w, t in zip(text.split(), answer, strict=True)))
+            print(" ".join(f"{w}/{t}" for w, t in zip(name.split(), answer, strict=True)))
         else:
-            shown = " | ".join(text) if isinstance(text, tuple) else text
-            print(f"{answer:.6g}\t{shown}")
+            print(f"{answer:.6g}\t{name}")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -219,7 +242,7 @@ def report(options: argparse.Namespace) -> None:
 def list_(options: argparse.Namespace) -> None:
     """Prints what there is."""
     from selfsup import registry
-    from selfsup.config import read_toml
+    from selfsup.config import presets, read_toml
 
     tables = dict.fromkeys(("recipes", *registry.TABLES))
     wanted = list(tables) if options.what is None else [options.what]
@@ -235,8 +258,11 @@ def list_(options: argparse.Namespace) -> None:
         else:
             rows = {n: registry.summary(target) for n, target in registry.TABLES[what].items()}
         if what == "models":
-            presets = read_toml(Path(registry.__file__).parent / "models" / "presets.toml")
-            rows |= {f"  {name}": preset["summary"] for name, preset in presets.items()}
+            models, rows = rows, {}
+            for name, text in models.items():
+                rows[name] = text
+                sizes = presets().get(name, {})
+                rows |= {f"  {size}": values["summary"] for size, values in sizes.items()}
         for name, text in rows.items():
             print(f"  {name:<22} {text}")
 

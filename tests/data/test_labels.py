@@ -10,7 +10,8 @@ import torch
 import zstandard
 from pyarrow import parquet
 
-from selfsup.data.labels import Labelled, LabelledText, read, split, subset
+from selfsup.data.labelled_text import LabelledText, read
+from selfsup.data.labels import Labelled, split, subset
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 

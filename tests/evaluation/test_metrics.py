@@ -6,14 +6,19 @@ import pytest
 from selfsup.evaluation.metrics import (
     METRICS,
     accuracy,
+    area_under_roc,
+    average_precision,
     f1_binary,
     macro_f1,
     matthews,
+    mean_absolute_error,
+    mean_squared_error,
     pearson,
     perplexity,
     span_f1,
     spans,
     spearman,
+    threshold_for,
 )
 from selfsup.randomness import numpy_generator
 
@@ -137,3 +142,90 @@ def test_metrics_give_plain_floats():
 
 def test_perplexity():
     assert perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
+
+
+def test_errors_by_hand():
+    assert mean_squared_error([1.0, 2.0, 4.0], [1.0, 4.0, 1.0]) == pytest.approx((4 + 9) / 3)
+    assert mean_absolute_error([1.0, 2.0, 4.0], [1.0, 4.0, 1.0]) == pytest.approx(5 / 3)
+    for error in (mean_squared_error, mean_absolute_error):
+        assert type(error([1, 2], np.array([1, 2]))) is float
+        assert error([1.0, 2.0], [1.0, 2.0]) == 0.0
+        with pytest.raises(ValueError, match="2 labels and 1 predictions do not pair up"):
+            error([1.0, 2.0], [1.0])
+
+
+def test_nothing_in_metrics_is_better_when_smaller():
+    """A sweep takes the greatest value of these, so being right must beat being wrong."""
+    for name, metric in METRICS.items():
+        truth = [["B-X", "O"], ["O", "O"]] if name == "span_f1" else [0.0, 1.0, 1.0]
+        wrong = [["O", "O"], ["B-X", "O"]] if name == "span_f1" else [1.0, 0.0, 1.0]
+        assert metric(truth, truth) > metric(truth, wrong)
+
+
+def slow_area_under_roc(positives, negatives):
+    wins = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)
+    return wins / (len(positives) * len(negatives))
+
+
+def slow_average_precision(positives, negatives):
+    total, before = 0.0, 0.0
+    for threshold in sorted({*positives, *negatives}, reverse=True):
+        right = sum(p >= threshold for p in positives)
+        recall = right / len(positives)
+        total += (recall - before) * right / (right + sum(n >= threshold for n in negatives))
+        before = recall
+    return total
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+def test_metrics_of_scores_count_every_pair(levels):
+    generator = numpy_generator(0, "scores", levels)
+    for _ in range(20):
+        truth = generator.integers(0, 2, 25)
+        truth[:2] = 0, 1
+        scores = (generator.integers(0, levels, 25) + truth * levels // 3).astype(float)
+        sides = scores[truth == 1].tolist(), scores[truth == 0].tolist()
+        assert area_under_roc(truth, scores) == pytest.approx(slow_area_under_roc(*sides))
+        assert average_precision(truth, scores) == pytest.approx(slow_average_precision(*sides))
+
+
+def test_metrics_of_scores_by_hand():
+    names, scores = ["ok", "broken", "ok", "broken"], [0.1, 0.9, 0.4, 0.3]
+    assert area_under_roc(names, scores, positive="broken") == 3 / 4
+    assert area_under_roc(names, scores) == 1 / 4  # "ok" is the greater name
+    assert average_precision(names, scores, positive="broken") == pytest.approx((1 + 2 / 3) / 2)
+    constant = [0.5] * 4
+    assert area_under_roc(names, constant) == 0.5
+    assert average_precision(names[:3], constant[:3], positive="broken") == pytest.approx(1 / 3)
+    for metric in (area_under_roc, average_precision):
+        assert type(metric([0, 1], [0.0, 1.0])) is float
+        with pytest.raises(ValueError, match="two classes, but 3 of 3 labels are 'ok'"):
+            metric(["ok"] * 3, [0.1, 0.2, 0.3])
+        with pytest.raises(ValueError, match="two classes, but 0 of 2 labels are 'gone'"):
+            metric(["ok", "bad"], [0.1, 0.2], positive="gone")
+        with pytest.raises(ValueError, match="2 labels and 3 predictions do not pair up"):
+            metric([0, 1], [0.1, 0.2, 0.3])
+
+
+def test_threshold_is_the_smallest_that_keeps_the_rate():
+    generator = numpy_generator(0, "normals")
+    for levels in (3, 1000):  # with ties and without
+        normals = generator.integers(0, levels, 100).astype(float)
+        for rate in (0.0, 0.005, 0.01, 0.07, 0.29, 0.5, 0.99):
+            threshold = threshold_for(normals, rate)
+            assert sum(normals > threshold) / 100 <= rate
+            smaller = [n for n in (*normals, -1.0) if n < threshold]
+            assert all(sum(normals > n) / 100 > rate for n in smaller)
+    assert threshold_for(np.arange(100.0), 0.29) == 70.0  # 0.29 * 100 is 28.999999999999996
+    assert threshold_for([3.0, 1.0, 2.0], 0.0) == 3.0
+    assert threshold_for([3.0, 1.0, 2.0], 1.0) == -math.inf
+    assert threshold_for([5.0], 0.5) == 5.0
+
+
+def test_threshold_refuses_what_it_cannot_use():
+    with pytest.raises(ValueError, match="got 0 scores"):
+        threshold_for([], 0.1)
+    with pytest.raises(ValueError, match="got 2 scores, 1 of them NaN"):
+        threshold_for([math.nan, 1.0], 0.1)
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\], got 5"):
+        threshold_for([1.0], 5)

@@ -2,14 +2,13 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
-from selfsup.config import from_mapping, preset_values, read_toml, to_mapping
+from selfsup.config import from_mapping, preset_values, presets, to_mapping
 from selfsup.errors import ConfigError, DataError
 from selfsup.models import transformer
 from selfsup.models.embeddings import (
@@ -25,7 +24,7 @@ from selfsup.randomness import isolated, seed_layers, torch_generator
 VOCABULARY = Vocabulary(size=50)
 SMALL = Config(dim=16, layers=2, heads=2, dropout=0.0, max_length=32, init_std=0.3)
 POSITIONS = ("learned", "sinusoidal", "rotary", "none")
-PRESETS = sorted(read_toml(Path(transformer.__file__).with_name("presets.toml")))
+PRESETS = sorted(presets()["transformer"])
 
 
 def build(config: Config, vocabulary: Vocabulary = VOCABULARY) -> TransformerEncoder:
@@ -322,12 +321,14 @@ def test_embedding_std_is_the_spread_of_what_enters_the_stack(positions):
 
 def test_absent_segments_mean_sentence_a():
     embedding = TokenEmbedding(50, 8, segment_types=2)
-    tokens, positions = random_tokens(2, 3), torch.arange(3)
+    tokens = random_tokens(2, 3)
     zeros = torch.zeros_like(tokens)
-    assert torch.equal(embedding(tokens, positions, None), embedding(tokens, positions, zeros))
-    assert not torch.equal(
-        embedding(tokens, positions, zeros), embedding(tokens, positions, zeros + 1)
+    absent, first, second = (
+        embedding.vectors({"tokens": tokens, **segments})
+        for segments in ({}, {"segments": zeros}, {"segments": zeros + 1})
     )
+    assert torch.equal(absent, first)
+    assert not torch.equal(first, second)
 
 
 # Precision and compilation
@@ -401,9 +402,9 @@ PUBLISHED = {  # millions of parameters, pooler and tied table included
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_and_has_the_published_size(name):
-    config = from_mapping(Config, preset_values(name), "model")
+    config = from_mapping(Config, preset_values("transformer", name), "model")
     assert from_mapping(Config, to_mapping(config), "model") == config
-    assert read_toml(Path(transformer.__file__).with_name("presets.toml"))[name]["summary"]
+    assert presets()["transformer"][name]["summary"]
     size, millions = PUBLISHED.get(name, (8192, None))
     with torch.device("meta"):
         encoder = TransformerEncoder(config, Vocabulary(size=size))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from selfsup.data.labels import Labelled, LabelledText
+from selfsup.data.labelled_text import LabelledText
+from selfsup.data.labels import Labelled
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import DataError
 from selfsup.models.encoder import Encoder, Features, masked_mean

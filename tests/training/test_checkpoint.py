@@ -270,6 +270,28 @@ def test_load_weights_names_what_does_not_fit():
         load_weights(module, {**weights, "bias": torch.zeros(5)}, "here")
 
 
+class Sized(nn.Module):
+    """A buffer whose size the data decide."""
+
+    def __init__(self, values: list[int]):
+        super().__init__()
+        self.register_buffer("numbers", torch.tensor(values, dtype=torch.long))
+
+    def _load_from_state_dict(self, state, prefix, *others):
+        self.numbers = self.numbers.new_empty(state[f"{prefix}numbers"].shape)
+        super()._load_from_state_dict(state, prefix, *others)
+
+
+def test_a_buffer_that_is_empty_here_gets_the_size_of_the_checkpoint():
+    module = Sized([])
+    load_weights(module, {"numbers": torch.arange(3)}, "here")
+    assert module.numbers.tolist() == [0, 1, 2]
+    with pytest.raises(CheckpointError, match=r"numbers is \(4,\), here \(3,\)"):
+        load_weights(module, {"numbers": torch.arange(4)}, "here")
+    with pytest.raises(CheckpointError, match=r"numbers is \(1, 1\), here \(0,\)"):
+        load_weights(Sized([]), {"numbers": torch.zeros(1, 1, dtype=torch.long)}, "here")
+
+
 def test_a_file_that_is_no_safetensors_file_is_named(tmp_path):
     save_tensors(tmp_path / "a", {"x": torch.ones(2)})
     shutil.copy(tmp_path / "a", tmp_path / "b")

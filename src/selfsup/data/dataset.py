@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfsup.batch import Batch
+from selfsup.batch import Batch, Spec
+from selfsup.data.labels import Labelled
 
 
 class Dataset(Protocol):
@@ -18,10 +19,13 @@ class Dataset(Protocol):
     Attributes:
         fields: names of the batch fields it gives.
         lengths: (examples,) sizes, where they differ: examples of similar size then share a batch.
+        labels: (examples,) class numbers where the corpus happens to have them: training never
+            sees them, a probe may.
     """
 
     fields: tuple[str, ...]
     lengths: np.ndarray | None = None
+    labels: Any = None
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -32,8 +36,29 @@ class Dataset(Protocol):
         ...
 
 
+class LabelledDataset(Dataset, Protocol):
+    """Labelled examples as batches, with `label`; what a preprocessor's `labelled` gives.
+
+    Attributes:
+        task: classification, regression or tagging.
+        labels: (examples,) class numbers or numbers; empty for tagging.
+        word_labels: for tagging the tag numbers of every word of every example; else empty.
+        truncated: how many examples lost something because they were too long.
+    """
+
+    task: str
+    labels: Any
+    word_labels: list[np.ndarray]
+    truncated: int
+
+
 class Preprocessor(Protocol):
-    """What turns a user's items (texts, say) into a batch; saved beside the model."""
+    """What turns a user's items (texts, pictures) into a batch; saved beside the model."""
+
+    @property
+    def spec(self) -> Spec:
+        """What a model must know of its input."""
+        ...
 
     def save(self, folder: Path) -> None:
         """Writes what is needed to load it again."""
@@ -41,6 +66,17 @@ class Preprocessor(Protocol):
 
     def batches(self, items: Iterable[Any], batch_size: int) -> Iterable[tuple[list[int], Batch]]:
         """Groups items of similar length: (numbers of the items, their batch)."""
+        ...
+
+    def labelled(self, labelled: Labelled) -> LabelledDataset:
+        """Labelled items as a data set."""
+        ...
+
+    def limited(self, max_length: int | None) -> "Preprocessor":
+        """The same for items of at most that length; None: what this kind of data usually takes.
+
+        Itself where length has no meaning.
+        """
         ...
 
 
@@ -57,8 +93,8 @@ class Prepared:
 
     train: Dataset
     valid: Dataset
-    spec: Any
-    preprocessor: Any
+    spec: Spec
+    preprocessor: Preprocessor
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -71,7 +71,7 @@ def fragments(path: Path, column: str, split: Split) -> Iterator[tuple[int, str]
 
 
 def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
-    with _text(path) as stream:
+    with decoded_text(path) as stream:
         if split == "file":
             yield 0, ""  # an empty file is an empty document
             while chunk := stream.read(CHUNK):
@@ -94,7 +94,7 @@ def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
 
 
 def _jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
-    with _text(path) as stream:
+    with decoded_text(path) as stream:
         for line, text in enumerate(stream, start=1):
             if text.isspace():
                 continue
@@ -111,7 +111,7 @@ def _jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
 def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
     """A list, or objects one after another, decoded element by element."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with _text(path) as stream:
+    with decoded_text(path) as stream:
         held, at, line, number = stream.read(CHUNK), 0, 1, 0
         is_list = held.lstrip().startswith("[")
         if is_list:
@@ -139,7 +139,7 @@ def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
 
 def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
-    with _text(path, newline="") as stream:
+    with decoded_text(path, newline="") as stream:
         # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
         # quote is a character, as in GLUE and as labelled files are read.
         if delimiter == "\t":
@@ -224,7 +224,7 @@ def _binary(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def _text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+def decoded_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
     """The file as UTF-8 text, a byte order mark left out."""
     with (
         _clear(path),

@@ -25,6 +25,8 @@ from selfsup import console, files
 from selfsup.batch import Batch, Vocabulary
 from selfsup.data.dataset import Prepared, pad_mask, pad_rows
 from selfsup.data.formats import Split
+from selfsup.data.labelled_text import LabelledText, read
+from selfsup.data.labels import Labelled
 from selfsup.data.reading import HubDataset, Source, documents, resolve
 from selfsup.data.rows import MIN_PAIR_TOKENS, PackedRows, PairRows
 from selfsup.data.store import (
@@ -36,6 +38,7 @@ from selfsup.data.store import (
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 
+LABELLED_LENGTH = 128  # tokens in a labelled row, if nothing else is asked for
 WINDOW_BATCHES = 64  # so many batches of items are sorted by length together
 
 
@@ -223,6 +226,14 @@ class TextPreprocessor:
             raise DataError(f"{path}: not the preprocessor of a text model ({error})") from error
         return TextPreprocessor(Tokenizer.load(folder), max_length)
 
+    def labelled(self, labelled: Labelled) -> LabelledText:
+        """Labelled texts as a data set; rows longer than `max_length` tokens lose their end."""
+        return LabelledText(labelled, self.tokenizer, self.max_length)
+
+    def limited(self, max_length: int | None) -> "TextPreprocessor":
+        """The same tokenizer for rows of at most `max_length` tokens, 128 when None."""
+        return TextPreprocessor(self.tokenizer, max_length or LABELLED_LENGTH)
+
     def batches(self, items: Iterable[Item], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """Batches of items of similar length, so that little is padded.
 
@@ -313,4 +324,16 @@ def _check_item(item: Any, number: int, kind: type) -> None:
         raise DataError(f"item {number} is empty: it has no word")
 
 
+read_labels = read
 load_preprocessor = TextPreprocessor.load
+
+
+def read_items(source: Source, column: str | None) -> Iterator[tuple[str, str]]:
+    """(text, text) of every line of .txt files, and of every row of formats with columns."""
+    for document in documents(source, text_column=column or "text", split="line"):
+        yield document.text, document.text
+
+
+def with_preprocessor(config: Config, folder: Path) -> Config:
+    """The configuration for reading other data as the model in `folder` reads it."""
+    return replace(config, tokenizer=replace(config.tokenizer, file=str(folder)))

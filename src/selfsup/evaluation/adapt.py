@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from selfsup import console, registry
-from selfsup.data.labels import Labelled, LabelledText
+from selfsup.data.dataset import LabelledDataset, Preprocessor
+from selfsup.data.labels import Labelled
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import build_objective
 from selfsup.models.encoder import Encoder
@@ -62,11 +63,10 @@ def new_task(
 
 def fit(
     task: Task,
-    tokenizer: Any,
+    preprocessor: Preprocessor,
     train_data: Labelled,
     training: TrainingConfig,
     *,
-    max_length: int = 128,
     valid: Labelled | None = None,
     folder: RunFolder | None = None,
     title: str = "fine-tuning",
@@ -75,32 +75,31 @@ def fit(
 
     Args:
         task: from `new_task`.
-        tokenizer: the encoder's own.
+        preprocessor: the encoder's own, `limited` to the length of an item.
         train_data: labelled examples.
         training: budget and optimizer.
-        max_length: longest row in tokens.
         valid: held-out examples whose loss and metric are followed while training.
         folder: where the run is kept.
         title: what the progress line says.
     """
-    data = LabelledText(train_data, tokenizer, max_length)
+    data = preprocessor.labelled(train_data)
     if data.truncated:
         share = f"{data.truncated:,} of {len(data):,} training examples"
-        console.say(f"{share} are longer than {max_length} tokens and were cut")
-    held_out = LabelledText(valid, tokenizer, max_length) if valid else None
-    watch = (lambda: score(task, held_out)) if held_out else None
+        console.say(f"{share} are too long and were cut")
+    held_out = preprocessor.labelled(valid) if valid else None
+    watch = (lambda: {"score": score(task, held_out)}) if held_out else None
     return train(task, data, held_out, training, folder, title, watch)
 
 
 @torch.inference_mode()
 def answers(
-    task: Task, data: LabelledText, batch_size: int = 64
+    task: Task, data: LabelledDataset, batch_size: int = 64
 ) -> tuple[list[float], list[float]]:
     """Truth and prediction of every example; for tagging of every word, -1 where it was cut off."""
     device = next(task.parameters()).device
     dtype = pick_dtype("auto", device)
-    assert data.lengths is not None
-    order = np.argsort(data.lengths, kind="stable")
+    lengths = np.zeros(len(data)) if data.lengths is None else data.lengths
+    order = np.argsort(lengths, kind="stable")
     truth: list[np.ndarray] = [np.empty(0)] * len(data)
     guess: list[np.ndarray] = [np.empty(0)] * len(data)
     was_training = task.training
@@ -122,6 +121,6 @@ def answers(
     return np.concatenate(truth).tolist(), np.concatenate(guess).tolist()
 
 
-def score(task: Task, data: LabelledText, metric: str | None = None) -> float:
+def score(task: Task, data: LabelledDataset, metric: str | None = None) -> float:
     """The task's metric (or another one) over all examples."""
     return float(METRICS[metric or task.metric](*answers(task, data)))

@@ -5,6 +5,7 @@
 | classification | TF-IDF of words (1-2) or of characters (2-5), logistic regression               |
 | regression     | the same features, ridge regression                                             |
 | tagging        | each word's most frequent tag, or logistic regression over hashed word features |
+| not of text    | raw input or its principal components, logistic or ridge regression             |
 
 For pairs of texts the features are both TF-IDF vectors, their absolute difference, their product
 and its sum, the cosine. Every choice (features, regularisation, kind of tagger) is made on the
@@ -15,23 +16,31 @@ no randomness. A pre-trained model that does not beat these was not worth its tr
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+from sklearn.decomposition import PCA
 from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from selfsup.batch import Vocabulary
+from selfsup.data.dataset import Preprocessor
 from selfsup.data.labels import Labelled
+from selfsup.evaluation.frozen import extract, raw_features
 from selfsup.evaluation.metrics import METRICS
 
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
 RIDGE_ALPHA = (0.1, 1.0, 10.0, 100.0)
 TAGGER_C = (1.0, 10.0)
+DENSE_C = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DENSE_ALPHA = (1.0, 10.0, 100.0, 1000.0)
+PRINCIPAL = 50
 # Words with one letter and marks such as ! count too; short reviews live on them.
 WORD = r"\w+|[^\w\s]"
 SPACED = 0.05  # share of white space above which a text is written with spaces between words
@@ -41,7 +50,7 @@ MAX_WEIGHTS = 50_000_000  # features * classes
 TAG_FEATURES = 2**17
 
 Predict = Callable[[list[Any]], list[Any]]
-Featuriser = Callable[[list[Any]], sparse.csr_matrix]
+Featuriser = Callable[[list[Any]], sparse.csr_matrix | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,15 @@ class Baseline:
     predict: Predict = field(repr=False)
 
 
-def fit_baseline(train: Labelled, valid: Labelled) -> Baseline:
+def fit_baseline(
+    train: Labelled, valid: Labelled, preprocessor: Preprocessor | None = None
+) -> Baseline:
     """Fits every candidate on `train` and returns the one that is best on `valid`.
 
     Args:
         train: training examples; may be a small `subset`.
         valid: other examples of the same task.
+        preprocessor: reads the items; None: they are text.
     """
     metric = METRICS["spearman" if train.task == "regression" else "accuracy"]
     name, predict = _simplest(train)
@@ -77,9 +89,13 @@ def fit_baseline(train: Labelled, valid: Labelled) -> Baseline:
     known_labels, valid_labels = _flat_labels(train), _flat_labels(valid)
     if len(set(known_labels)) == 1:  # in a very small subset
         return best
-    for kind, features in _featurisers(train):
+    if preprocessor is None or isinstance(preprocessor.spec, Vocabulary):
+        featurisers, models = _featurisers(train), _models
+    else:
+        featurisers, models = _raw_featurisers(train, preprocessor), _dense_models
+    for kind, features in featurisers:
         known, new = features(train.items), features(valid.items)
-        for setting, model in _models(train.task):
+        for setting, model in models(train.task):
             # Sparse solvers take many short steps: BLAS threads would mostly wait for each other.
             with threadpool_limits(1):
                 model.fit(known, known_labels)
@@ -117,6 +133,42 @@ def _models(task: str) -> Iterator[tuple[str, Any]]:
         # it is binary, so each class is held against the rest.
         one = LogisticRegression(C=c, solver="liblinear", random_state=0, max_iter=1000)
         yield f"logistic regression, C={c:g}", OneVsRestClassifier(one)
+
+
+def _dense_models(task: str) -> Iterator[tuple[str, Any]]:
+    """For standardised columns, few or many."""
+    if task == "regression":
+        for alpha in DENSE_ALPHA:
+            yield f"ridge regression, alpha={alpha:g}", Ridge(alpha)
+        return
+    for c in DENSE_C:
+        one = LogisticRegression(C=c, max_iter=2000, tol=1e-3)
+        yield f"logistic regression, C={c:g}", one
+
+
+def _raw_featurisers(
+    train: Labelled, preprocessor: Preprocessor
+) -> Iterator[tuple[str, Featuriser]]:
+    """The input as it comes, standardised, and its principal components; fitted on `train`."""
+
+    known: list[tuple[list[Any], np.ndarray]] = []  # decoding is slow: each list is read once
+
+    def raw(items: list[Any]) -> np.ndarray:
+        for seen, matrix in known:
+            if seen is items:
+                return matrix
+        unlabelled = replace(train, items=items, labels=[train.labels[0]] * len(items), groups=())
+        known.append((items, extract(preprocessor.labelled(unlabelled), raw_features)))
+        return known[-1][1]
+
+    scale = StandardScaler().fit(raw(train.items))
+    yield "raw input", lambda items: scale.transform(raw(items))
+    size = min(PRINCIPAL, *scale.transform(raw(train.items)).shape)
+    components = PCA(size, whiten=True, random_state=0).fit(scale.transform(raw(train.items)))
+    yield (
+        f"{size} principal components",
+        lambda items: components.transform(scale.transform(raw(items))),
+    )
 
 
 def _predictor(model: Any, features: Featuriser, task: str) -> Predict:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from selfsup import console, registry
-from selfsup.data.labels import Labelled, LabelledText, read, split, subset
+from selfsup.data.labels import Labels, split, subset
 from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
 from selfsup.evaluation.adapt import default_training, fit, new_task, score
 from selfsup.evaluation.baselines import fit_baseline
@@ -35,21 +35,6 @@ MAX_WATCHED, CURVE_POINTS = 64, 8  # held-out examples and evaluations of a fine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labels:
-    """The labelled data of a comparison.
-
-    Attributes:
-        train: the pool that labelled subsets are drawn from.
-        valid: chooses learning rates, and the baseline's settings.
-        test: scored once per trained model.
-    """
-
-    train: Labelled
-    valid: Labelled
-    test: Labelled
-
-
-@dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a comparison is made.
 
@@ -60,7 +45,7 @@ class Settings:
         lrs: peak learning rates that both arms try.
         steps: optimizer steps per run; None: `adapt.default_training`.
         tuning: a name of `registry.TUNINGS`, for both arms.
-        max_length: longest row in tokens.
+        max_length: longest item (a text in tokens); None: what this kind of data usually takes.
         jobs: processes that train side by side, one thread each; 1: this process, all threads.
     """
 
@@ -70,7 +55,7 @@ class Settings:
     lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     steps: int | None = None
     tuning: str = "full"
-    max_length: int = 128
+    max_length: int | None = None
     jobs: int = 1
 
     def __post_init__(self) -> None:
@@ -115,6 +100,7 @@ class Result:
 
 
 def read_labels(
+    kind: str,
     task: str,
     data: str | Path,
     valid: str | Path | None = None,
@@ -123,9 +109,12 @@ def read_labels(
 ) -> Labels:
     """Reads the labelled files; parts that are not given are split off by content, seed 0.
 
+    `kind` is a name of `registry.DATA`: what the files hold.
+
     Raises:
         DataError: a file cannot be read, or does not fit the task.
     """
+    read = registry.module_of(registry.DATA, "data", kind).read_labels
     train = read(data, task, **columns)
     if test is not None:
         test_part = read(test, task, names=train.names or None, **columns)
@@ -226,9 +215,9 @@ class _Trainer:
     def __init__(self, run: str | Path, labels: Labels, settings: Settings):
         self.model: Model = load_model(run)
         self.labels, self.settings = labels, settings
-        tokenizer, length = self.model.preprocessor.tokenizer, settings.max_length
-        self.valid = LabelledText(labels.valid, tokenizer, length)
-        self.test = LabelledText(labels.test, tokenizer, length)
+        self.preprocessor = self.model.preprocessor.limited(settings.max_length)
+        self.valid = self.preprocessor.labelled(labels.valid)
+        self.test = self.preprocessor.labelled(labels.test)
         self.watched = labels.valid.take(range(min(MAX_WATCHED, len(labels.valid))))
 
     def encoder(self, cell: Cell) -> Encoder:
@@ -245,7 +234,7 @@ class _Trainer:
         """Trains and scores one cell."""
         settings, data = self.settings, subset(self.labels.train, cell.labels, cell.seed)
         if cell.lr is None:
-            fitted = fit_baseline(data, self.labels.valid)
+            fitted = fit_baseline(data, self.labels.valid, self.preprocessor)
             guess = fitted.predict(self.labels.test.items)
             metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
             test = metric(self.labels.test.labels, guess)
@@ -270,10 +259,9 @@ class _Trainer:
         )
         rows = fit(
             task,
-            self.model.preprocessor.tokenizer,
+            self.preprocessor,
             data,
             training,
-            max_length=settings.max_length,
             valid=self.watched,
         )
         curve = {

@@ -1,8 +1,8 @@
 """What a prediction is worth: metrics as the benchmarks define them, over scikit-learn and SciPy.
 
-`METRICS` holds those that compare truth and prediction. Labels are in their own form: class names,
-floats, or for tagging one list of tag names per sentence. All give plain floats, and raise
-ValueError where truth and prediction do not pair up.
+`METRICS` holds those that compare truth and prediction and are 1 where all is right. Labels are in
+their own form: class names, floats, or for tagging one list of tag names per sentence. All give
+plain floats, and raise ValueError where truth and prediction do not pair up.
 """
 
 import itertools
@@ -93,6 +93,99 @@ def spearman(truth: Labels, prediction: Labels) -> float:
     return float(stats.spearmanr(truth, prediction).statistic)
 
 
+def mean_squared_error(truth: Labels, prediction: Labels) -> float:
+    """Mean of the squared differences, in the labels' unit squared.
+
+    >>> mean_squared_error([1.0, 2.0], [1.0, 4.0])
+    2.0
+    """
+    truth, prediction = _flat(truth, prediction)
+    return float(sklearn_metrics.mean_squared_error(truth, prediction))
+
+
+def mean_absolute_error(truth: Labels, prediction: Labels) -> float:
+    """Mean of the absolute differences, in the labels' unit.
+
+    >>> mean_absolute_error([1.0, 2.0], [1.0, 4.0])
+    1.0
+    """
+    truth, prediction = _flat(truth, prediction)
+    return float(sklearn_metrics.mean_absolute_error(truth, prediction))
+
+
+def area_under_roc(truth: Labels, scores: Labels, positive: Any = None) -> float:
+    """Probability that a positive example scores above a negative one; a tie counts half.
+
+    Args:
+        truth: labels of two classes.
+        scores: real numbers, the greater the likelier positive.
+        positive: the class in question; None: the greater one of those that occur.
+
+    Raises:
+        ValueError: only one class occurs, or there are not as many scores as labels.
+    """
+    found, scores = _detected(truth, scores, positive)
+    return float(sklearn_metrics.roc_auc_score(found, scores))
+
+
+def average_precision(truth: Labels, scores: Labels, positive: Any = None) -> float:
+    """Precision at every threshold, weighted by the recall that it adds; equal scores share one.
+
+    Chance is the share of positives, not 0.5.
+
+    Args:
+        truth: labels of two classes.
+        scores: real numbers, the greater the likelier positive.
+        positive: the class in question; None: the greater one of those that occur.
+
+    Raises:
+        ValueError: only one class occurs, or there are not as many scores as labels.
+    """
+    found, scores = _detected(truth, scores, positive)
+    return float(sklearn_metrics.average_precision_score(found, scores))
+
+
+def _detected(truth: Labels, scores: Labels, positive: Any) -> tuple[list[bool], list[float]]:
+    truth, scores = _flat(truth, scores)
+    positive = max(truth) if positive is None else positive
+    found = [label == positive for label in truth]
+    if all(found) or not any(found):
+        raise ValueError(
+            f"a ranking is judged on examples of two classes, but {sum(found)} of {len(found)} "
+            f"labels are {positive!r}"
+        )
+    return found, scores
+
+
+def threshold_for(normals: Sequence[float] | np.ndarray, false_alarm_rate: float) -> float:
+    """The smallest threshold that at most such a share of normal examples lies above.
+
+    A score strictly above the threshold raises the alarm. With n normals no rate below 1 / n can be
+    told from 0, where the threshold is the greatest score.
+
+    Args:
+        normals: scores of normal validation examples, the greater the stranger.
+        false_alarm_rate: from 0 to 1, where the threshold is minus infinity.
+
+    Raises:
+        ValueError: no scores, scores that are not numbers, or a rate outside [0, 1].
+
+    >>> threshold_for([1.0, 2.0, 3.0, 4.0], 0.25)
+    3.0
+    """
+    ordered = np.sort(np.asarray(normals, dtype=np.float64))
+    if len(ordered) == 0 or np.isnan(ordered[-1]):  # NaN is sorted last
+        raise ValueError(
+            f"a threshold needs scores without NaN, got {len(ordered)} scores, "
+            f"{np.isnan(ordered).sum()} of them NaN"
+        )
+    if not 0 <= false_alarm_rate <= 1:
+        raise ValueError(f"a false alarm rate lies in [0, 1], got {false_alarm_rate}")
+    # compared as shares: 0.29 * 100 is less than 29
+    allowed = int(np.sum(np.arange(len(ordered) + 1) / len(ordered) <= false_alarm_rate)) - 1
+    return float(ordered[-1 - allowed]) if allowed < len(ordered) else -math.inf
+
+
 def spans(tags: Sequence[str]) -> set[Span]:
     """The entities that a sentence's tags mark, by the rules of conlleval.
 
@@ -148,6 +241,7 @@ def perplexity(log_probabilities: Sequence[float]) -> float:
     return math.exp(-statistics.fmean(log_probabilities))
 
 
+# What chooses a setting takes the greatest value; so neither errors nor metrics of scores are here.
 METRICS: dict[str, Callable[[Labels, Labels], float]] = {
     "accuracy": accuracy,
     "macro_f1": macro_f1,

@@ -1,13 +1,14 @@
 """What a person wants to look at after a run: filled blanks, samples, a map of embeddings."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from selfsup.batch import Batch
-from selfsup.data.dataset import Dataset
-from selfsup.data.labels import Labelled, LabelledText
+from selfsup.data.dataset import Dataset, LabelledDataset
+from selfsup.data.labels import Labelled
 from selfsup.model_folder import Model
 from selfsup.models.encoder import Encoder
 from selfsup.objective import FillsBlanks, Generates
@@ -86,7 +87,7 @@ def embedding_map(model: Model, untrained: Encoder, labelled: Labelled) -> dict[
     For tagging every point is a word in its sentence, coloured by its tag; else a text, coloured by
     its label. Only the most frequent labels are shown.
     """
-    data = LabelledText(labelled, model.preprocessor.tokenizer, 128)
+    data = model.preprocessor.limited(None).labelled(labelled)
     order = Order(len(data), seed=2)[0 : min(MAP_POINTS, len(data))]
     trained, labels, texts = _vectors(model.encoder, data, labelled, order, model.device)
     before, _, _ = _vectors(untrained.to(model.device).eval(), data, labelled, order, model.device)
@@ -119,7 +120,7 @@ def _flatten(vectors: np.ndarray) -> list[list[float]]:
 @torch.inference_mode()
 def _vectors(
     encoder: Encoder,
-    data: LabelledText,
+    data: LabelledDataset,
     labelled: Labelled,
     order: np.ndarray,
     device: torch.device,
@@ -134,7 +135,7 @@ def _vectors(
             if labelled.task != "tagging":
                 vectors.append(features.pooled[row])
                 labels.append(str(label))
-                texts.append(" | ".join(item) if isinstance(item, tuple) else item[:120])
+                texts.append(_shown(item))
                 continue
             starts = (batch["words"][row] >= 0).nonzero().flatten()
             word = int(number) % len(starts)  # one word per sentence, anywhere in it
@@ -142,6 +143,15 @@ def _vectors(
             labels.append(label[word])
             texts.append(_in_context(item, word))
     return torch.stack(vectors).float().cpu().numpy(), labels, texts
+
+
+def _shown(item: Any) -> str:
+    """What people call an item."""
+    if isinstance(item, bytes | np.ndarray):
+        return ""
+    if isinstance(item, Path):
+        return "/".join(item.parts[-2:])
+    return " | ".join(item) if isinstance(item, tuple) else str(item)[:120]
 
 
 def _in_context(words: list[str], place: int) -> str:

@@ -1,4 +1,4 @@
-"""Token embeddings and positions: ids, their places and their segments become vectors.
+"""Embeddings and positions: tokens, patches, frames and series become vectors in their places.
 
 The sum of the token, segment and learned position vectors is scaled, sinusoids (Vaswani et al.,
 2017, arXiv 1706.03762) are added, the result is normalised (BERT), dropped out, and projected where
@@ -11,78 +11,83 @@ length. BERT and GPT-2 count slots instead, which is equal when padding is on th
 """
 
 import math
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from selfsup.errors import DataError
+from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec
+from selfsup.errors import ConfigError, DataError
 
 
-class TokenEmbedding(nn.Module):
-    """Ids, positions and segments to vectors.
+class InputEmbedding(nn.Module):
+    """What enters a transformer: content vectors, then their places.
 
-    Args:
-        vocabulary_size: number of token ids.
-        dim: width of the result.
-        width: width of the table; where it differs from `dim`, a linear layer projects.
-        segment_types: number of segments; 0: segments are ignored.
-        positions: "learned" and "sinusoidal" are added here; any other kind is left to attention.
-        max_length: number of learned positions.
-        scale: factor on the sum of the learned vectors.
-        norm: a normalisation over `width`, or None.
-        dropout: probability, after the normalisation.
+    Every kind of input is a subclass: it builds what `vectors` needs, then calls `build_places`;
+    `place` is the same for all. In between a method may put other vectors where it hides something.
 
     Attributes:
-        tokens: the table; heads tie their weights to `tokens.weight`, (vocabulary, width).
-        segments, positions, norm, projection: modules, or None where not asked for.
-
-    >>> embedding = TokenEmbedding(100, dim=8)
-    >>> embedding(torch.tensor([[5, 7, 2]]), torch.arange(3), None).shape
-    torch.Size([1, 3, 8])
+        field: name of the batch field that it reads.
+        width: of `vectors`.
+        positions, norm, projection: modules, or None where not asked for.
     """
 
-    def __init__(
+    field: str
+    width: int
+
+    def build_places(
         self,
-        vocabulary_size: int,
         dim: int,
         width: int = 0,
-        segment_types: int = 0,
         positions: str = "none",
         max_length: int = 0,
         scale: float = 1.0,
         norm: nn.Module | None = None,
         dropout: float = 0.0,
-    ):
-        super().__init__()
+    ) -> None:
+        """Makes what `place` needs.
+
+        Args:
+            dim: width of the result.
+            width: width of the content vectors; where it differs from `dim`, a linear layer
+                projects; 0: `dim`.
+            positions: "learned" and "sinusoidal" are added; any other kind is left to attention.
+            max_length: number of learned positions.
+            scale: factor on the sum of the learned vectors.
+            norm: a normalisation over `width`, or None.
+            dropout: probability, after the normalisation.
+        """
         width = width or dim
-        self.max_length, self.scale = max_length, scale
+        self.width, self.max_length, self.scale = width, max_length, scale
         self.sinusoidal = positions == "sinusoidal"
-        self.tokens = nn.Embedding(vocabulary_size, width)
-        self.segments = nn.Embedding(segment_types, width) if segment_types else None
         self.positions = nn.Embedding(max_length, width) if positions == "learned" else None
         self.norm = norm
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, dim) if width != dim else None
 
-    def forward(
+    def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:
+        """The content of every position."""
+        raise TypeError(f"{type(self).__name__} does not define vectors")
+
+    def real(self, batch: Batch) -> Bool[Tensor, "batch time"] | None:
+        """True at the real positions of `vectors`; None where all are."""
+        return batch.get("mask")
+
+    def place(
         self,
-        tokens: Int[Tensor, "batch time"],
+        vectors: Float[Tensor, "batch time width"],
         positions: Int[Tensor, "*batch time"],
-        segments: Int[Tensor, "batch time"] | None,
+        real: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time dim"]:
-        """Embeds one batch.
+        """Scales, adds positions, normalises, drops out, projects.
 
         Args:
-            tokens: ids.
-            positions: place of each token in its document, shared by all rows or one per row.
-            segments: segment of each token; None: all zero.
+            vectors: from `vectors`.
+            positions: place of each vector in its document, shared by all rows or one per row.
+            real: from `real`, for an embedding whose places read their neighbours.
         """
-        out = self.tokens(tokens)  # (batch, time, width)
-        if self.segments is not None:
-            # one row broadcasts; a batch without the field is all sentence A, as published
-            first = self.segments.weight[0]
-            out = out + (first if segments is None else self.segments(segments))
+        out = vectors
         if self.positions is not None:
             out = out + self.positions(positions)
         out = out * self.scale
@@ -100,7 +105,7 @@ class TokenEmbedding(nn.Module):
         """Refuses rows that the learned positions do not reach.
 
         Raises:
-            DataError: `length` tokens are more than the table of positions holds.
+            DataError: `length` positions are more than the table of positions holds.
         """
         if self.positions is not None and length > self.max_length:
             raise DataError(
@@ -108,6 +113,172 @@ class TokenEmbedding(nn.Module):
                 f"of this model (model.max_length); shorten the rows, or pre-train with rotary "
                 f"positions, which have no limit"
             )
+
+
+class TokenEmbedding(InputEmbedding):
+    """Ids and segments to vectors.
+
+    Args:
+        vocabulary_size: number of token ids.
+        dim: width of the result.
+        segment_types: number of segments; 0: segments are ignored.
+        options: of `build_places`; `width` is that of the table.
+
+    Attributes:
+        tokens: the table; heads tie their weights to `tokens.weight`, (vocabulary, width).
+        segments: a table, or None.
+
+    >>> embedding = TokenEmbedding(100, dim=8)
+    >>> embedding.vectors({"tokens": torch.tensor([[5, 7, 2]])}).shape
+    torch.Size([1, 3, 8])
+    """
+
+    field = "tokens"
+
+    def __init__(self, vocabulary_size: int, dim: int, segment_types: int = 0, **options: Any):
+        super().__init__()
+        width = options.get("width") or dim
+        self.tokens = nn.Embedding(vocabulary_size, width)
+        self.segments = nn.Embedding(segment_types, width) if segment_types else None
+        self.build_places(dim, **options)
+
+    def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:
+        """Token vectors, plus segment vectors."""
+        out = self.tokens(batch["tokens"])  # (batch, time, width)
+        if self.segments is None:
+            return out
+        # one row broadcasts; a batch without the field is all sentence A, as published
+        segments = batch.get("segments")
+        return out + (self.segments.weight[0] if segments is None else self.segments(segments))
+
+
+class PatchEmbedding(InputEmbedding):
+    """A picture's square patches, each a linear map of its standardised pixels.
+
+    The vision transformer (Dosovitskiy et al., 2020, arXiv 2010.11929), without a class token:
+    the pooled vector is the mean.
+
+    Args:
+        spec: size, channels and their statistics; reads `image`, uint8 or float in [0, 1].
+        patch: pixels of a patch's side.
+        dim: width of the result.
+        options: of `build_places`.
+    """
+
+    field = "image"
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: ImageSpec, patch: int, dim: int, **options: Any):
+        if spec.size % patch:
+            raise ConfigError(f"model.patch = {patch} does not divide the pictures' {spec.size}")
+        super().__init__()
+        self.patch = patch
+        self.linear = nn.Linear(spec.channels * patch**2, options.get("width") or dim)
+        self.build_places(dim, **options)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
+
+    def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:
+        """Patches in reading order."""
+        image = batch["image"]
+        scaled = image.float() / 255 if image.dtype == torch.uint8 else image
+        return self.linear(patches((scaled - self.mean) / self.std, self.patch))
+
+    def real(self, batch: Batch) -> None:
+        """Every patch is."""
+
+
+def patches(
+    image: Float[Tensor, "batch channel height width"], size: int
+) -> Float[Tensor, "batch patch pixels"]:
+    """Square patches in reading order, each flattened as (channel, row, column).
+
+    >>> patches(torch.arange(16.0).view(1, 1, 4, 4), 2)[0, 1].tolist()
+    [2.0, 3.0, 6.0, 7.0]
+    """
+    rows = image.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (batch, channel, h, s, w, s)
+    return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class FrameEmbedding(InputEmbedding):
+    """Log-mel frames, `stack` of them to a position, each through a linear map.
+
+    The last frames of a row that do not fill a position are left out.
+
+    Args:
+        spec: width of a frame; reads `frames`.
+        stack: frames per position.
+        dim: width of the result.
+        options: of `build_places`.
+
+    Attributes:
+        hop: samples from one position to the next.
+    """
+
+    field = "frames"
+
+    def __init__(self, spec: AudioSpec, stack: int, dim: int, **options: Any):
+        super().__init__()
+        self.stack, self.hop = stack, stack * spec.hop
+        self.linear = nn.Linear(spec.mel * stack, options.get("width") or dim)
+        self.build_places(dim, **options)
+
+    def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:
+        """Stacked frames, mapped."""
+        return self.linear(stacked(batch["frames"], self.stack))
+
+    def real(self, batch: Batch) -> Bool[Tensor, "batch time"] | None:
+        """A position is real when all its frames are."""
+        if "mask" not in batch:
+            return None
+        return stacked(batch["mask"].unsqueeze(-1), self.stack).all(-1)
+
+
+def stacked(
+    frames: Shaped[Tensor, "batch time width"], count: int
+) -> Shaped[Tensor, "batch position stacked"]:
+    """Every `count` neighbouring frames as one; a rest that is too short is left out."""
+    if count == 1:
+        return frames
+    whole = frames.shape[1] // count * count
+    return frames[:, :whole].unflatten(1, (-1, count)).flatten(2)
+
+
+class SeriesEmbedding(InputEmbedding):
+    """Patches of a time series: `patch` steps of all channels, each through a linear map.
+
+    Missing values enter as 0 with a flag beside them, so a hidden or missing step can be told from
+    a zero.
+
+    Args:
+        spec: channels; reads `series`, NaN where missing.
+        patch: time steps per position.
+        dim: width of the result.
+        options: of `build_places`.
+    """
+
+    field = "series"
+
+    def __init__(self, spec: SeriesSpec, patch: int, dim: int, **options: Any):
+        super().__init__()
+        self.patch = patch
+        self.linear = nn.Linear(2 * spec.channels * patch, options.get("width") or dim)
+        self.build_places(dim, **options)
+
+    def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:
+        """Patches with their flags, mapped."""
+        series = batch["series"]
+        missing = series.isnan()
+        known = torch.where(missing, 0.0, series)
+        flagged = torch.cat([known, missing.to(known.dtype)], -1)  # (batch, time, 2 channel)
+        return self.linear(stacked(flagged, self.patch))
+
+    def real(self, batch: Batch) -> Bool[Tensor, "batch time"] | None:
+        """A position is real when all its steps are."""
+        if "mask" not in batch:
+            return None
+        return stacked(batch["mask"].unsqueeze(-1), self.patch).all(-1)
 
 
 def sinusoids(positions: Int[Tensor, "*batch time"], dim: int) -> Float[Tensor, "*batch time dim"]:

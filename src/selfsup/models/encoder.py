@@ -1,6 +1,6 @@
 """The `Encoder` contract: a batch goes in, `Features` of every layer come out."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -32,12 +32,16 @@ class Encoder(nn.Module):
     """Turns a batch into `Features`.
 
     Attributes:
+        config: the `Config` that it was built from.
         dim: width of every hidden state and of `pooled`.
         num_layers: number of layers; `Features.hidden` holds one more (the embedding).
+        causal: whether a position knows nothing of those behind it, so that they can be predicted.
     """
 
+    config: Any
     dim: int
     num_layers: int
+    causal: bool = False
 
     def forward(self, batch: Batch) -> Features:
         """Encodes one batch."""

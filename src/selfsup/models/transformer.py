@@ -5,26 +5,35 @@ causal. Post-norm with learned positions is BERT (Devlin et al., 2019, arXiv 181
 with learned positions is GPT-2 (Radford et al., 2019), shared layers with a narrow table are ALBERT
 (Lan et al., 2020, arXiv 1909.11942). `embeddings.py` has the positions, `presets.toml` the sizes.
 
-Axes: batch; time: tokens of a row; read: those and the ones before them in a cache; heads;
-head_dim = dim / heads; half = head_dim / 2. Padding may stand on either side of a row. The last
-entry of `Features.hidden` is after `final_norm`.
+Axes: batch, time, dim. Padding may stand on either side of a row. The last entry of
+`Features.hidden` is after `final_norm`. `attention.py` has the attention.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from selfsup.batch import Batch, Vocabulary
+from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec, Spec, Vocabulary
 from selfsup.errors import ConfigError, DataError
-from selfsup.models.embeddings import TokenEmbedding, document_positions, rotary_angles, rotate
+from selfsup.models.attention import Attention, Cache, View, attention_mask
+from selfsup.models.embeddings import (
+    FrameEmbedding,
+    InputEmbedding,
+    PatchEmbedding,
+    SeriesEmbedding,
+    TokenEmbedding,
+    document_positions,
+    rotary_angles,
+)
 from selfsup.models.encoder import Encoder, Features, masked_mean
+from selfsup.models.waveform import WaveformEmbedding
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -56,6 +65,15 @@ class Config:
     share_layers: bool = False  # one set of weights, used `layers` times (ALBERT)
     embedding_dim: int = 0  # width of the token table; 0: dim
     segment_types: int = 0  # 0: the batch's segments are ignored
+    # pixels of a patch's side, frames or time steps per position; not for tokens and waveforms
+    patch: int = 4
+    # for waveforms alone: wav2vec 2.0's convolutions, one vector of every 320 samples
+    conv_channels: int = 512
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    # over time behind the first convolution (base), or over channels behind each (large)
+    conv_norm: Literal["group", "layer"] = "group"
+    conv_positions: int = 0  # kernel of a convolution that tells positions (128); 0: none
     max_length: int = 512  # number of learned positions; the other kinds have no limit
     dropout: float = 0.1  # on the embedding and on both halves of a block
     attention_dropout: float | None = None  # on the attention weights; None: the same as `dropout`
@@ -72,16 +90,23 @@ class Config:
     pooling: Literal["mean", "cls", "last", "bert"] = "mean"
 
     def __post_init__(self):
-        for name in ("dim", "layers", "heads", "max_length", "norm_eps", "init_std"):
+        above_zero = ("dim", "layers", "heads", "patch", "max_length", "norm_eps", "init_std")
+        for name in (*above_zero, "conv_channels"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("feedforward_dim", "embedding_dim", "segment_types", "embedding_std"):
+        not_negative = ("feedforward_dim", "embedding_dim", "segment_types", "embedding_std")
+        for name in (*not_negative, "conv_positions"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        kernels, strides = self.conv_kernels, self.conv_strides
         rules = {
+            f"conv_kernels and conv_strides must be as many positive numbers, got {kernels} and "
+            f"{strides}": (
+                len(kernels) != len(strides) or not kernels or min(*kernels, *strides) < 1
+            ),
             f"dim = {self.dim} is not a multiple of heads = {self.heads}": self.dim % self.heads,
             f"rotary positions turn pairs: dim / heads must be even, got {self.head_dim}": (
                 self.positions == "rotary" and self.head_dim % 2
@@ -123,73 +148,6 @@ class Config:
         return nn.LayerNorm(width, self.norm_eps, bias=self.bias)
 
 
-class Cache:
-    """Keys and values of what a causal encoder has read, so that it can go on from there.
-
-    Make an empty one and give it to every call, with only the new tokens in the batch. Prompts of
-    unequal length may be padded on either side. `mask` is True where a cached token is real.
-    """
-
-    mask: Bool[Tensor, "batch read"] | None = None
-
-    def __init__(self):
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch read"]:
-        """Adds the mask of new tokens and returns the mask of all."""
-        self.mask = mask if self.mask is None else torch.cat((self.mask, mask), 1)
-        return self.mask
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds one layer's (batch, heads, time, head_dim) and returns (batch, heads, read, ...)."""
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys, values = torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
-        self.layers[layer] = keys, values
-        return keys, values
-
-
-class View(NamedTuple):
-    """What every layer's attention shares: rotary angles, who sees whom, and the cache."""
-
-    rotation: tuple[Tensor, Tensor] | None  # cosine, sine: (1 or batch, 1, time, half)
-    allowed: Bool[Tensor, "batch 1 time read"] | None
-    causal: bool  # the kernel hides the future itself
-    cache: Cache | None
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        rate = config.attention_dropout
-        self.heads, self.dropout = config.heads, config.dropout if rate is None else rate
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.bias)
-        self.out = nn.Linear(config.dim, config.dim, bias=config.bias)
-
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> Float[Tensor, "batch time dim"]:
-        """Mixes the positions that `view` allows; `layer` is the place in the cache."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (batch, time, 3, heads, head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, time, head_dim)
-        queries, keys, values = qkv
-        if view.rotation is not None:
-            queries, keys = rotate(qkv[:2], *view.rotation)
-        if view.cache is not None:
-            keys, values = view.cache.append(layer, keys, values)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=view.allowed,
-            is_causal=view.causal,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
-
-
 class Feedforward(nn.Module):
     """Two linear layers around an activation; swiglu gates the inner one (arXiv 2002.05202)."""
 
@@ -216,7 +174,11 @@ class Block(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.pre = config.norm == "pre"
-        self.attention, self.attention_norm = Attention(config), config.build_norm(config.dim)
+        rate = config.attention_dropout
+        self.attention = Attention(
+            config.dim, config.heads, config.dropout if rate is None else rate, config.bias
+        )
+        self.attention_norm = config.build_norm(config.dim)
         self.feedforward, self.feedforward_norm = Feedforward(config), config.build_norm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -232,12 +194,14 @@ class Block(nn.Module):
 
 
 class TransformerEncoder(Encoder):
-    """Tokens to `Features`, bidirectional or causal.
+    """Tokens, patches, frames or series to `Features`, bidirectional or causal.
 
-    Reads `tokens` and, where present, `mask`, `documents` and (with `segment_types`) `segments`.
+    Reads the field that its spec stands for and, where present, `mask`, `documents` and (with
+    `segment_types`) `segments`.
 
     Attributes:
-        embedding: the `TokenEmbedding`; `embedding.tokens.weight` is the table.
+        embedding: of the kind that the spec asks for; in a `TokenEmbedding` `tokens.weight` is the
+            table.
         layers: the blocks (one, when shared).
         final_norm, pooler: modules, or None where the configuration asks for none.
 
@@ -246,21 +210,11 @@ class TransformerEncoder(Encoder):
     torch.Size([1, 3, 8])
     """
 
-    def __init__(self, config: Config, vocabulary: Vocabulary):
+    def __init__(self, config: Config, spec: Spec):
         super().__init__()
-        self.config, self.vocabulary = config, vocabulary
-        self.dim, self.num_layers = config.dim, config.layers
-        self.embedding = TokenEmbedding(
-            vocabulary.size,
-            config.dim,
-            width=config.embedding_width,
-            segment_types=config.segment_types,
-            positions=config.positions,
-            max_length=config.max_length,
-            scale=config.embedding_std / config.init_std if config.embedding_std else 1.0,
-            norm=config.build_norm(config.embedding_width) if config.embedding_norm else None,
-            dropout=config.dropout,
-        )
+        self.config, self.spec = config, spec
+        self.dim, self.num_layers, self.causal = config.dim, config.layers, config.causal
+        self.embedding: Any = build_embedding(config, spec)
         blocks = [Block(config) for _ in range(1 if config.share_layers else config.layers)]
         self.layers = nn.ModuleList(blocks)
         ends_in_norm = config.norm == "pre" if config.final_norm is None else config.final_norm
@@ -273,29 +227,33 @@ class TransformerEncoder(Encoder):
                 nn.init.normal_(block.attention.out.weight, std=std)
                 nn.init.normal_(block.feedforward.down.weight, std=std)
 
-    def forward(self, batch: Batch, cache: Cache | None = None) -> Features:
+    def forward(
+        self, batch: Batch, cache: Cache | None = None, vectors: Tensor | None = None
+    ) -> Features:
         """Encodes one batch.
 
         Args:
-            batch: `tokens` (batch, time), and optionally the fields above.
+            batch: the fields above.
             cache: what was read before; the new tokens go on from there and are added to it.
+            vectors: (batch, time, width), taken instead of `embedding.vectors(batch)`: a method
+                that hides positions puts its mask vector there.
 
         Raises:
             DataError: rows longer than the learned positions, or a cache with packed rows.
             ConfigError: a cache for a bidirectional model.
         """
-        tokens, documents = batch["tokens"], batch.get("documents")
-        real = batch.get("mask")
-        mask = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+        vectors = self.embedding.vectors(batch) if vectors is None else vectors
+        documents, real = batch.get("documents"), self.embedding.real(batch)
+        mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
         read = mask if cache is None else self._extend(cache, mask, documents)
         self.embedding.check_length(read.shape[1])
-        time = tokens.shape[1]
+        time = vectors.shape[1]
         if real is None and documents is None and cache is None:  # no mask: the fastest kernels
-            positions, allowed = torch.arange(time, device=tokens.device), None
+            positions, allowed = torch.arange(time, device=vectors.device), None
         else:
             positions = document_positions(read, documents)[:, -time:]
             allowed = attention_mask(read, documents, time, self.config.causal)
-        x = self.embedding(tokens, positions, batch.get("segments"))
+        x = self.embedding.place(vectors, positions, real)
         in_kernel = self.config.causal and allowed is None
         view = View(self._rotation(positions), allowed, in_kernel, cache)
         hidden = [x]
@@ -332,6 +290,51 @@ class TransformerEncoder(Encoder):
         return row if self.pooler is None else torch.tanh(self.pooler(row))
 
 
+def build_embedding(config: Config, spec: Spec) -> InputEmbedding:
+    """The embedding for the kind of data that `spec` stands for.
+
+    Raises:
+        ConfigError: a transformer does not read that kind.
+    """
+    options = {
+        "width": config.embedding_width,
+        "positions": config.positions,
+        "max_length": config.max_length,
+        "scale": config.embedding_std / config.init_std if config.embedding_std else 1.0,
+        "norm": config.build_norm(config.embedding_width) if config.embedding_norm else None,
+        "dropout": config.dropout,
+    }
+    match spec:
+        case Vocabulary():
+            return TokenEmbedding(spec.size, config.dim, config.segment_types, **options)
+        case ImageSpec():
+            return PatchEmbedding(spec, config.patch, config.dim, **options)
+        case AudioSpec(mel=0):
+            return _waveform_embedding(config, options)
+        case AudioSpec():
+            return FrameEmbedding(spec, config.patch, config.dim, **options)
+        case SeriesSpec():
+            return SeriesEmbedding(spec, config.patch, config.dim, **options)
+    raise ConfigError(f"a transformer does not read {type(spec).__name__}; use model.name = 'mlp'")
+
+
+def _waveform_embedding(config: Config, options: dict[str, Any]) -> WaveformEmbedding:
+    if config.causal or config.embedding_width != config.dim:
+        raise ConfigError(
+            "waveforms are read from both sides and projected to model.dim: they need "
+            "model.causal = false and model.embedding_dim = 0"
+        )
+    return WaveformEmbedding(
+        config.dim,
+        config.conv_channels,
+        config.conv_kernels,
+        config.conv_strides,
+        config.conv_norm,
+        config.conv_positions,
+        **options,
+    )
+
+
 class VocabularyHead(nn.Module):
     """Hidden vectors to logits over the vocabulary, with the weights of the token table.
 
@@ -357,7 +360,7 @@ class VocabularyHead(nn.Module):
             self.dense = nn.Linear(config.dim, config.embedding_width)
             self.activation = ACTIVATIONS[config.activation]
             self.norm = config.build_norm(config.embedding_width)
-            self.bias = nn.Parameter(torch.zeros(encoder.vocabulary.size))
+            self.bias = nn.Parameter(torch.zeros(len(encoder.embedding.tokens.weight)))
             initialise(self, config.init_std)
 
     def forward(
@@ -379,24 +382,3 @@ def initialise(module: nn.Module, std: float) -> None:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
-
-
-def attention_mask(
-    mask: Bool[Tensor, "batch read"],
-    documents: Int[Tensor, "batch read"] | None,
-    num_queries: int,
-    causal: bool,
-) -> Bool[Tensor, "batch 1 query read"]:
-    """What each of the last `num_queries` sees: real tokens of its document, not of its future.
-
-    Every position also sees itself, so a padded one has something to average and gives no NaN.
-    """
-    slot = torch.arange(mask.shape[1], device=mask.device)
-    query = slot[-num_queries:].unsqueeze(1)  # (query, 1)
-    allowed = mask.unsqueeze(1)  # (batch, 1, read)
-    if documents is not None:
-        here = documents[:, -num_queries:].unsqueeze(2)  # (batch, query, 1)
-        allowed = allowed & (here == documents.unsqueeze(1))
-    if causal:
-        allowed = allowed & (slot <= query)
-    return (allowed | (slot == query)).unsqueeze(1)

@@ -54,6 +54,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Copies `tensors` into `module`, every name and shape checked.
 
+    A buffer that is empty in `module` has no size yet (labels of all examples, whose number the
+    data decide): it may get any, which the module's own `_load_from_state_dict` sees to.
+
     Raises:
         CheckpointError: names or shapes differ; the first ones are named.
     """
@@ -64,7 +67,8 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], where: str) -> N
             f"{where}: does not fit this configuration; missing {missing[:3]}, unknown {extra[:3]}"
         )
     for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
+        unsized = own[name].numel() == 0 and own[name].ndim == tensor.ndim
+        if own[name].shape != tensor.shape and not unsized:
             raise CheckpointError(
                 f"{where}: {name} is {tuple(tensor.shape)}, here {tuple(own[name].shape)}"
             )

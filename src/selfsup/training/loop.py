@@ -33,6 +33,9 @@ from selfsup.training.evaluate import evaluate
 from selfsup.training.folder import Rows, RunFolder
 from selfsup.training.optim import adamw, clip_gradient, learning_rate_share
 
+UNITS = {"tokens": "tokens", "frames": "frames", "waveform": "samples"}
+"""What `_num_tokens` counts, for people, by a field of the data."""
+
 
 @dataclass
 class Position:
@@ -69,7 +72,7 @@ def train(
     config: TrainingConfig,
     folder: RunFolder | None = None,
     title: str = "training",
-    score: Callable[[], float] | None = None,
+    watch: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `objective` in place, to the end of its budget.
 
@@ -81,7 +84,8 @@ def train(
         folder: where metrics and checkpoints go; its newest whole checkpoint is gone on from. None:
             nothing is written.
         title: what the progress line says.
-        score: a further number for each evaluation row (a task's metric); it must change nothing.
+        watch: further numbers for each evaluation row (a task's metric, a probe's accuracy); it
+            must change nothing.
 
     Returns:
         the rows of metrics.jsonl.
@@ -95,7 +99,7 @@ def train(
         isolated(),
         guard.Signals() as signals,
         console.progress(title, 1.0) as bar,
-        closing(_Run(objective, data, valid, config, folder, score)) as run,
+        closing(_Run(objective, data, valid, config, folder, watch)) as run,
     ):
         position = run.position
         if position.step == 0:
@@ -135,10 +139,10 @@ class _Run:
         valid: Dataset | None,
         config: TrainingConfig,
         folder: RunFolder | None,
-        score: Callable[[], float] | None,
+        watch: Callable[[], dict[str, float]] | None,
     ):
         self.objective, self.data, self.valid = objective, data, valid
-        self.config, self.folder, self.score = config, folder, score
+        self.config, self.folder, self.watch = config, folder, watch
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.precision, self.device)
         objective.to(self.device).train()
@@ -156,6 +160,7 @@ class _Run:
         self.metrics = Rows(path and path / "metrics.jsonl", self.position.metrics_bytes)
         self.speed = Rows(path and path / "speed.jsonl", self.position.speed_bytes)
         self.tensorboard = _tensorboard(folder) if config.tensorboard and folder else None
+        self.unit = next((unit for name, unit in UNITS.items() if name in data.fields), "examples")
         self.saved_step = self.position.step
         self.started = time.monotonic() - self.position.seconds
         self.window = (time.monotonic(), self.position.tokens)
@@ -304,7 +309,8 @@ class _Run:
         )
         self.window, self.wait = (now, position.tokens), 0.0
         position.sums, position.weight = {}, 0.0
-        note = f"step {position.step}  loss {means.get('loss', math.nan):.3f}  {rate:,.0f} tokens/s"
+        loss = means.get("loss", math.nan)
+        note = f"step {position.step}  loss {loss:.3f}  {rate:,.0f} {self.unit}/s"
         bar.move(position.progress(self.config), note)
 
     def _add_row(self, row: dict[str, Any]) -> None:
@@ -331,8 +337,8 @@ class _Run:
         try:
             with autocast(self.device, self.dtype):
                 row = evaluate(self.objective, self.valid, self.config, self.device)
-            if self.score is not None:
-                row["score"] = self.score()
+            if self.watch is not None:
+                row |= self.watch()
         finally:
             self.objective.train()
         position.evaluations = 1 + int(
@@ -413,7 +419,8 @@ class _Run:
 def _num_tokens(batch: Batch) -> int:
     if "mask" in batch:
         return int(batch["mask"].sum())
-    return batch["tokens"].numel() if "tokens" in batch else len(batch["index"])
+    found = next((batch[name] for name in UNITS if name in batch), batch["index"])
+    return found.shape[:2].numel()
 
 
 def _tensorboard(folder: RunFolder) -> Any:

@@ -112,6 +112,7 @@ class CausalLanguage(Objective):
     torch.Size([1, 4])
     """
 
+    fields = ("tokens",)
     kept = ("encoder", "head")
     unwritten: Tensor  # (vocabulary,) bool: never generated
 

@@ -1,0 +1,1 @@
+"""Methods that rebuild their input through a narrow code."""

@@ -1,0 +1,1 @@
+"""Methods that predict their own slowly moving features."""

@@ -1,0 +1,88 @@
+"""SimSiam: one view's projection is predicted from another's, by one network without a teacher.
+
+Chen and He, "Exploring Simple Siamese Representation Learning" (2020, arXiv 2011.10566). Encoder
+and projector map two views of a picture to projections; a predictor with a narrow middle predicts
+each from the other. The projection that is predicted counts as a constant: no gradient flows into
+it. This stop-gradient alone, without negatives or a moving average, keeps the network from giving
+one vector for all.
+
+Axes: batch: pictures of this rank; dim: width of the projections.
+
+As in the authors' code, each view goes through the network by itself, with batch statistics of its
+own.
+
+Deviations from the paper:
+- The predictor's learning rate falls with all others; the paper's stays, for 0.4 points (table 1).
+- AdamW takes the place of SGD.
+
+For CIFAR (appendix D) the paper's projector has 2 layers, and the views no blur.
+
+Reference result: docs/results/vision.json, with its command.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from selfsup import ranks
+from selfsup.batch import Batch, ImageSpec
+from selfsup.errors import ConfigError
+from selfsup.methods.ops import cosine_similarity, projection_head, target_deviation
+from selfsup.methods.views import MOCO_V2, ViewConfig, augment
+from selfsup.models.encoder import Encoder
+from selfsup.objective import Objective, Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Heads and views. Defaults are the paper's for ImageNet."""
+
+    projector_layers: int = 3
+    """Linear layers of the projector, batch normalisation after each."""
+    projection_dim: int = 2048
+    """Width of the projections and of the projector's hidden layers."""
+    predictor_dim: int = 512
+    """Width of the predictor's hidden layer, narrower than the projections."""
+    views: ViewConfig = MOCO_V2
+    """How both views are made."""
+
+    def __post_init__(self) -> None:
+        for name in ("projector_layers", "projection_dim", "predictor_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def negative_cosine(
+    prediction: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]
+) -> Float[Tensor, ""]:
+    """Mean of minus the cosines (equation 1), in float32; no gradient flows into `target`."""
+    return -cosine_similarity(prediction, target.detach()).mean()
+
+
+@final
+class SimSiam(Objective):
+    """Predicts the projection of the other view; see the module's docstring."""
+
+    fields = ("image",)
+
+    def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
+        super().__init__()
+        self.config, self.encoder = config, encoder
+        dim, layers = config.projection_dim, config.projector_layers
+        self.projector = projection_head((encoder.dim, *[dim] * layers), last_norm=True)
+        self.predictor = projection_head((dim, config.predictor_dim, dim))
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Output:
+        """Each view's prediction of the other's projection; the mean of both losses."""
+        size = len(batch["image"])
+        if self.training and size * ranks.count() < 2:
+            raise ConfigError("simsiam normalises over the batch: training.batch_size >= 2")
+        views = [augment(batch["image"], self.config.views, generator) for _ in range(2)]
+        first, second = (self.projector(self.encoder({"image": view}).pooled) for view in views)
+        forth = negative_cosine(self.predictor(first), second)
+        back = negative_cosine(self.predictor(second), first)
+        deviation = target_deviation(torch.cat([first, second]))
+        return Output((forth + back) / 2, size, {"target_deviation": deviation})

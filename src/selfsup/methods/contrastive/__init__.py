@@ -1,0 +1,1 @@
+"""Methods that tell the example from others."""

@@ -1,0 +1,1 @@
+"""Methods that predict a label that the data give for free."""

@@ -1,0 +1,1 @@
+"""Methods that keep features apart by their statistics."""
