@@ -182,3 +182,13 @@ def test_a_table_from_rows_to_vectors(selfsup, tmp_path):
     assert scores["pretrained"]["linear"] > 0.9
     answer = selfsup("embed", run, "--data", tmp_path / "rows.csv", "--out", tmp_path / "v.npy")
     assert np.load(tmp_path / "v.npy").shape == (300, 4)
+
+
+def test_a_model_of_another_kind_of_data_is_refused(photos, selfsup, tmp_path):
+    recipe = tmp_path / "wrong.toml"
+    lines = PICTURES.replace('name = "resnet"', 'name = "recurrent"').splitlines()
+    dropped = ("blocks", "widths", "stem")
+    recipe.write_text("\n".join(line for line in lines if not line.startswith(dropped)))
+    answer = selfsup("pretrain", recipe, "--data", photos / "train", "--out", tmp_path / "run")
+    assert answer.code == ConfigError.exit_code
+    assert "model.name = 'recurrent' reads audio, text, and the data are image" in answer.err

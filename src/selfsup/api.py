@@ -16,6 +16,7 @@ from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import compare as comparison
 from selfsup.evaluation import frozen, showcase
 from selfsup.evaluation.adapt import answers, default_training, fit, new_task
+from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Model, build_encoder, build_objective, load_model, save_model
@@ -29,6 +30,8 @@ from selfsup.training.loop import train
 
 Columns = dict[str, Any]
 KEPT = ("data", "model", "method")  # sections that a model folder keeps and a resumed run repeats
+SHOWN = {"fills": showcase.fills, "samples": showcase.samples, "pictures": gallery}
+"""Files of a run that people look at: each is written where there is something to show."""
 IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the same
 
 
@@ -99,7 +102,7 @@ def pretrain(
         )
         save_model(folder.path / "model", objective, sections, prepared.preprocessor)
         model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
-        for name, show in (("fills", showcase.fills), ("samples", showcase.samples)):
+        for name, show in SHOWN.items():
             shown = show(model, prepared.valid)
             if shown:
                 write_json(folder.path / f"{name}.json", shown)

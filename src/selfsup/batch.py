@@ -21,6 +21,7 @@ What a model must know of its data is a small frozen `spec` without the data the
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Vocabulary:
             when it is not known.
     """
 
+    kind: ClassVar[str] = "text"
     size: int
     pad: int = -1
     unk: int = -1
@@ -69,6 +71,7 @@ class ImageSpec:
             with them.
     """
 
+    kind: ClassVar[str] = "image"
     size: int
     channels: int
     mean: tuple[float, ...]
@@ -85,6 +88,7 @@ class AudioSpec:
         hop: samples from one frame to the next.
     """
 
+    kind: ClassVar[str] = "audio"
     rate: int
     mel: int
     hop: int
@@ -99,6 +103,7 @@ class SeriesSpec:
         length: time steps in a window.
     """
 
+    kind: ClassVar[str] = "series"
     channels: int
     length: int
 
@@ -113,6 +118,7 @@ class TableSpec:
             length is the width of `row`.
     """
 
+    kind: ClassVar[str] = "table"
     columns: tuple[str, ...]
     source: tuple[int, ...]
 

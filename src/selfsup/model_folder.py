@@ -28,10 +28,19 @@ FORMAT = 1
 
 
 def build_encoder(name: str, config: Any, spec: Any, seed: int) -> Encoder:
-    """A fresh encoder whose weights depend on the seed alone."""
+    """A fresh encoder whose weights depend on the seed alone.
+
+    Raises:
+        ConfigError: this model does not read that kind of data.
+    """
+    encoder = registry.resolve(registry.MODELS, "model", name)
+    if spec.kind not in encoder.reads:
+        raise ConfigError(
+            f"model.name = {name!r} reads {', '.join(encoder.reads)}, and the data are {spec.kind}"
+        )
     with isolated():
         seed_layers(seed, "encoder")
-        return registry.resolve(registry.MODELS, "model", name)(config, spec)
+        return encoder(config, spec)
 
 
 def build_objective(table: str, name: str, config: Any, encoder: Encoder, extra: Any, seed: int):

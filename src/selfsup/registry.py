@@ -42,8 +42,11 @@ METHODS = {
     "context_encoder": "selfsup.methods.generative.context_encoder:ContextEncoder",
     "masked_language": "selfsup.methods.generative.masked_language:MaskedLanguage",
     "causal_language": "selfsup.methods.generative.causal_language:CausalLanguage",
+    "masked_series": "selfsup.methods.generative.masked_series:MaskedSeries",
     "apc": "selfsup.methods.generative.apc:APC",
     "mockingjay": "selfsup.methods.generative.mockingjay:Mockingjay",
+    "wav2vec2": "selfsup.methods.contrastive.wav2vec2:Wav2Vec2",
+    "hubert": "selfsup.methods.predictive.hubert:HuBERT",
 }
 TASKS = {
     "classification": "selfsup.tasks.classification:Classification",

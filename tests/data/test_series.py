@@ -102,6 +102,34 @@ def test_a_batch_holds_the_windows_of_its_numbers(tmp_path):
     assert prepared.train.lengths is None
 
 
+def test_independent_channels_are_examples_of_their_own(tmp_path):
+    rows = values(60)
+    rows[5, 1] = math.nan
+    path = write(tmp_path, "a.csv", csv_of(rows))
+    joint = prepare(Config(window=6, stride=4), path)
+    apart = prepare(Config(window=6, stride=4, independent=True), path)
+    assert (apart.spec.channels, apart.spec.length) == (1, 6)
+    for part in ("train", "valid"):
+        both, single = getattr(joint, part), getattr(apart, part)
+        assert len(single) == 2 * len(both) > 0
+        expected = both.batch(np.arange(len(both)))["series"]
+        got = single.batch(np.arange(len(single)))["series"]
+        for channel in range(2):  # all windows of the first channel, then those of the second
+            of_channel = got[channel * len(both) : (channel + 1) * len(both), :, 0]
+            assert torch.equal(of_channel.isnan(), expected[:, :, channel].isnan())
+            assert torch.equal(of_channel.nan_to_num(), expected[:, :, channel].nan_to_num())
+    apart.preprocessor.save(tmp_path / "model")
+    loaded = series.load_preprocessor(tmp_path / "model")
+    assert loaded.spec == apart.spec
+    with pytest.raises(ConfigError, match=r"reads single channels \(data\.independent\) of 2"):
+        list(loaded.batches([np.zeros((6, 2))], 1))
+    again = prepare(series.with_preprocessor(Config(window=6), tmp_path / "model"), path)
+    assert again.spec.channels == 1
+    alone = prepare(Config(window=6, columns=("load",), independent=True), path)
+    _, batch = next(alone.preprocessor.batches([np.zeros((6, 1))], 1))
+    assert batch["series"].shape == (1, 6, 1)
+
+
 # Splits
 
 

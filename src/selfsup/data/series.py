@@ -37,7 +37,7 @@ from selfsup.data.dataset import Prepared
 from selfsup.data.labelled_series import LabelledSeries
 from selfsup.data.labelled_series import read_labels as read_labels
 from selfsup.data.labels import Labelled
-from selfsup.data.series_files import KNOWN, PARTS, Config, Parts, read_cases, read_tables
+from selfsup.data.series_files import KNOWN, PARTS, Config, Parts, read_cases, read_tables, read_ts
 from selfsup.data.series_windows import Windows, channels_apart, padded
 from selfsup.data.table_files import files_of, fingerprint, kind_of
 from selfsup.errors import ConfigError, DataError

@@ -58,6 +58,7 @@ from selfsup.data.table_files import (
     parsed,
     parsed_column,
     read_all,
+    read_table,
 )
 from selfsup.errors import ConfigError, DataError, nearest
 

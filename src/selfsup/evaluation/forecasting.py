@@ -42,7 +42,7 @@ from selfsup.methods.generative.masked_series import instance_statistics
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.training.device import autocast, pick_dtype, to_device
 
-ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+ALPHAS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 BATCH = 256  # windows that are held at once
 
 
@@ -176,15 +176,10 @@ def fit_ridge(batches: Iterable[Rows], alphas: Sequence[float]) -> list[Linear]:
     Minimises sum(scale² * |(future - centre) / scale - features @ weight - bias|²), the squared
     error of the forecast itself, + alpha * |weight|².
     """
-    total, mean_x, mean_y, xx, xy = 0.0, 0.0, 0.0, 0.0, 0.0
-    for batch in batches:
-        features = batch.features.astype(np.float64)
-        future = (batch.future.astype(np.float64) - batch.centre) / batch.scale
-        importance = np.square(batch.scale, dtype=np.float64)  # (row, 1)
-        weighted = features * importance
-        total = total + importance.sum()
-        mean_x, mean_y = mean_x + weighted.sum(0), mean_y + (future * importance).sum(0)
-        xx, xy = xx + weighted.T @ features, xy + weighted.T @ future
+    moments = np.asarray(sum(map(_moments, batches)))
+    size = len(moments) - 1
+    xx, xy = moments[:size, :size], moments[:size, size + 1 :]
+    total, mean_x, mean_y = moments[size, size], moments[size, :size], moments[size, size + 1 :]
     mean_x, mean_y = mean_x / total, mean_y / total
     xx, xy = xx - total * np.outer(mean_x, mean_x), xy - total * np.outer(mean_x, mean_y)
     out = []
@@ -192,6 +187,14 @@ def fit_ridge(batches: Iterable[Rows], alphas: Sequence[float]) -> list[Linear]:
         weight = linalg.solve(xx + alpha * np.eye(len(xx)), xy, assume_a="pos")
         out.append(Linear(weight, mean_y - mean_x @ weight))
     return out
+
+
+def _moments(batch: Rows) -> np.ndarray:
+    """Weighted sums of products of (features, 1) with (features, 1, future)."""
+    future = (batch.future.astype(np.float64) - batch.centre) / batch.scale
+    known = np.pad(batch.features.astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+    importance = np.square(batch.scale, dtype=np.float64)  # (row, 1)
+    return (known * importance).T @ np.concatenate([known, future], 1)
 
 
 def forecast_errors(batches: Iterable[Rows], fitted: Sequence[Linear]) -> np.ndarray:

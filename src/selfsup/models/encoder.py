@@ -32,12 +32,14 @@ class Encoder(nn.Module):
     """Turns a batch into `Features`.
 
     Attributes:
+        reads: the kinds of data that it can be built for: `kind` of their spec.
         config: the `Config` that it was built from.
         dim: width of every hidden state and of `pooled`.
         num_layers: number of layers; `Features.hidden` holds one more (the embedding).
         causal: whether a position knows nothing of those behind it, so that they can be predicted.
     """
 
+    reads: tuple[str, ...] = ()
     config: Any
     dim: int
     num_layers: int

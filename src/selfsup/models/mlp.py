@@ -60,6 +60,7 @@ class MLPEncoder(Encoder):
     (torch.Size([2, 1, 4]), torch.Size([2, 4]))
     """
 
+    reads = ("table", "image")
     mean: Tensor
     std: Tensor
 

@@ -97,6 +97,8 @@ class RecurrentEncoder(Encoder):
     (torch.Size([2, 5, 8]), 3, True)
     """
 
+    reads = ("audio", "text")
+
     def __init__(self, config: Config, spec: AudioSpec | Vocabulary):
         super().__init__()
         self.config, self.spec = config, spec

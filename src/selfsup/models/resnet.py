@@ -139,6 +139,7 @@ class ResNetEncoder(Encoder):
     (torch.Size([2, 256, 8]), torch.Size([2, 8]))
     """
 
+    reads = ("image",)
     mean: Tensor
     std: Tensor
 

@@ -210,6 +210,8 @@ class TransformerEncoder(Encoder):
     torch.Size([1, 3, 8])
     """
 
+    reads = ("text", "image", "audio", "series")
+
     def __init__(self, config: Config, spec: Spec):
         super().__init__()
         self.config, self.spec = config, spec

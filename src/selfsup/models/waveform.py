@@ -43,7 +43,7 @@ class WaveformEmbedding(InputEmbedding):
         channels: of every convolution.
         kernels: of the convolutions, first to last, in positions of what is below.
         strides: the same.
-        norm: "group": of the first convolution's output each channel is normalised over time;
+        conv_norm: "group": of the first convolution's output each channel is normalised over time;
             "layer": behind every convolution each position is, over channels, and the convolutions
             have biases.
         conv_positions: kernel of the convolution over positions; 0: none.
@@ -66,7 +66,7 @@ class WaveformEmbedding(InputEmbedding):
         channels: int = 512,
         kernels: Sequence[int] = (10, 3, 3, 3, 3, 2, 2),
         strides: Sequence[int] = (5, 2, 2, 2, 2, 2, 2),
-        norm: Literal["group", "layer"] = "group",
+        conv_norm: Literal["group", "layer"] = "group",
         conv_positions: int = 0,
         **options: Any,
     ):
@@ -75,9 +75,9 @@ class WaveformEmbedding(InputEmbedding):
         self.hop, self.reach = math.prod(strides), 1
         for kernel, stride in reversed(self.steps):
             self.reach = (self.reach - 1) * stride + kernel
-        later = norm if norm == "layer" else "none"
+        later: Literal["layer", "none"] = "layer" if conv_norm == "layer" else "none"
         self.layers = nn.ModuleList(
-            ConvLayer(channels if i else 1, channels, kernel, stride, later if i else norm)
+            ConvLayer(channels if i else 1, channels, kernel, stride, later if i else conv_norm)
             for i, (kernel, stride) in enumerate(self.steps)
         )
         self.content_norm = nn.LayerNorm(channels)
@@ -123,13 +123,8 @@ class WaveformEmbedding(InputEmbedding):
         """(batch, time) True behind so many layers where all samples are real."""
         time, length = mask.shape[1], mask.sum(1, keepdim=True)  # (batch, 1)
         for kernel, stride in self.steps[:layers]:
-            time, length = num_positions(time, kernel, stride), num_positions(length, kernel, stride)
+            time, length = (time - kernel) // stride + 1, (length - kernel) // stride + 1
         return torch.arange(time, device=mask.device) < length
-
-
-def num_positions(samples: Any, kernel: int, stride: int) -> Any:
-    """Positions behind a convolution without padding; not above 0 where there are none."""
-    return (samples - kernel) // stride + 1
 
 
 def standardised(

@@ -12,7 +12,7 @@ from selfsup.report.evidence import ARM_NAMES, verdict
 from selfsup.report.markup import code, rounded, section, text, tiles
 from selfsup.report.runs import Run, finite, read_run
 
-# The page may show a style and nothing else: no script, no picture, no request.
+# The page may show a style and pictures that are inside it: no script, no request.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 DATES = ("date", "finished", "started", "created")
 
@@ -169,7 +169,9 @@ def _run_sections(run: Run, prefix: str) -> tuple[list[tuple[str, str]], str]:
     for name, build in (
         ("Training", sections.training),
         ("Speed", sections.speed),
+        ("Features", sections.probe),
         ("Map", sections.embeddings),
+        ("Pictures", sections.pictures),
         ("Blanks", sections.fills),
         ("Samples", sections.samples),
         ("Data", sections.facts),
@@ -250,16 +252,17 @@ def _missing(run: Run, anchor: str) -> str:
     if "task" not in run.values:
         compare = f"selfsup compare {folder} --task classification --data train.csv"
         writes = run.kind == "causal_language"
+        of_text = run.values.get("data", {}).get("name", "text") == "text"
         lacking += [
             (not run.compares, "compare.json", "what the pre-training is worth", compare),
             (
-                not run.fills and not writes,
+                of_text and not run.fills and not writes,
                 "fills.json",
                 "filled blanks",
                 pretrain,
             ),
             (
-                not run.samples and (writes or not run.kind),
+                of_text and not run.samples and (writes or not run.kind),
                 "samples.json",
                 "texts that the model writes",
                 pretrain,

@@ -51,7 +51,8 @@ class Run:
         values: the sections of `run.toml`.
         metrics, speed: rows in the order of their steps, one per (split, step).
         compares: the `compare*.json` files by name.
-        fills, samples, embeddings: the content of those files, None where there is none.
+        fills, samples, pictures, probe, embeddings: the content of those files, None where there
+            is none.
         warnings: what a reader must see first.
     """
 
@@ -62,6 +63,8 @@ class Run:
     compares: list[Compare]
     fills: list[Row] | None
     samples: list[Row] | None
+    pictures: list[Row] | None
+    probe: Row | None
     embeddings: Row | None
     warnings: list[str]
 
@@ -117,6 +120,8 @@ def read_run(folder: Path) -> Run:
         compares=[read_compare(file) for file in sorted(folder.glob("compare*.json"))],
         fills=_json(folder / "fills.json", list, ("text", "blanks")),
         samples=_json(folder / "samples.json", list, ("prompt", "text")),
+        pictures=_json(folder / "pictures.json", list, ("title", "rows")),
+        probe=_json(folder / "probe.json", dict, ("scores",)),
         embeddings=_embeddings(folder / "embeddings.json"),
         warnings=warnings + cut_metrics + cut_speed,
     )

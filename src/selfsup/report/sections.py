@@ -227,6 +227,53 @@ def samples(run: Run, anchor: str) -> str:
     return section(anchor, "What it writes", "Bold: the prompt. The rest is the model's.", body)
 
 
+def probe(run: Run, anchor: str) -> str:
+    """What frozen features say about labels, beside an untrained network and the raw input."""
+    if not run.probe:
+        return ""
+    scores = run.probe["scores"]
+    kinds = list(dict.fromkeys(kind for found in scores.values() for kind in found))
+    best = {k: max(found.get(k, float("-inf")) for found in scores.values()) for k in kinds}
+    rows = ""
+    for name, found in scores.items():
+        cells = ""
+        for kind in kinds:
+            value = found.get(kind)
+            bold = ' class="best"' if value == best[kind] else ""
+            cells += f"<td{bold}>{'–' if value is None else f'{value:.3f}'}</td>"
+        rows += f'<tr><th scope="row">{text(arm_name(name))}</th>{cells}</tr>'
+    head = "".join(f"<th>{text(kind)}</th>" for kind in kinds)
+    lead = (
+        f"Accuracy on {run.probe.get('test_size', 0):,} test examples of classifiers on frozen "
+        "vectors: the k nearest neighbours, and a linear map."
+    )
+    table = (
+        '<div class="scroll"><table><thead><tr><th>features</th>'
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    return section(anchor, "Frozen features", lead, table)
+
+
+def pictures(run: Run, anchor: str) -> str:
+    """Panels of small pictures, row by row."""
+    if not run.pictures:
+        return ""
+    panels = ""
+    for panel in run.pictures:
+        rows = "".join(
+            f'<div class="strip">{"".join(_picture(uri) for uri in row)}</div>'
+            for row in panel["rows"]
+        )
+        lead = f'<p class="note">{text(panel.get("lead", ""))}</p>'
+        panels += f"<figure><h3>{text(panel['title'])}</h3>{lead}{rows}</figure>"
+    return section(anchor, "Pictures", "", f'<div class="grid pair">{panels}</div>')
+
+
+def _picture(uri: Any) -> str:
+    inside = str(uri).startswith("data:image/png;base64,")  # nothing is fetched from elsewhere
+    return f'<img alt="" src="{text(uri)}">' if inside else ""
+
+
 def facts(run: Run, anchor: str) -> str:
     """Counts of the data and the model."""
     found = run.values.get("facts", {})

@@ -116,12 +116,8 @@ def test_turns_follow_the_view():
     assert torch.equal(shown[10:15], view.flip(2, 3))
 
 
-@pytest.mark.parametrize("rotations_per_image", [1, 4])
-def test_loss_is_a_mean_over_pictures(rotations_per_image):
-    objective, image = build(rotations_per_image=rotations_per_image), pictures(8)
-    objective._turns = lambda view, generator: torch.arange(4).repeat_interleave(len(view))
-    if rotations_per_image == 1:
-        objective._turns = lambda view, generator: torch.ones(len(view), dtype=torch.long)
+def test_loss_is_a_mean_over_pictures():
+    objective, image = build(), pictures(8)
     parts = [objective.loss({"image": x}, torch_generator(0, "loss")) for x in image.split([3, 5])]
     whole = objective.loss({"image": image}, torch_generator(0, "loss"))
     mean = (3 * parts[0].loss + 5 * parts[1].loss) / 8

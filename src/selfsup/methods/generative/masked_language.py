@@ -193,7 +193,7 @@ class MaskedLanguage(Objective):
         ConfigError: the vocabulary has no mask token, or the encoder sees one side only.
     """
 
-    fields = ("tokens",)
+    fields: tuple[str, ...] = ("tokens",)
     kept = ("encoder", "head", "sentence_head")
     ordinary: Tensor  # ids that may be predicted or drawn
     special: Tensor  # (vocabulary,) bool

@@ -10,13 +10,13 @@ a random shift of each, and the loss of two of its three colours take these shor
 Axes: batch: pictures; patch: height and width of a patch, before `resize`; dim: of the encoder.
 
 Sizes follow from the picture where `patch = 0`: the largest with which the grid and the shifts fit,
-7 pixels of 32 and 53 of 224. The encoder sees nothing but patches: small ones want the `cifar` stem
+7 pixels of 32 and 54 of 224. The encoder sees nothing but patches: small ones want the `cifar` stem
 of a residual network, or `resize`, which enlarges them first.
 
 Deviations from the paper:
 - A picture gives one pair per step, not all the pairs of its grid.
-- The grid fills most of a picture, so it is small pictures' way; the paper cuts patches of 96
-  pixels out of pictures of 150,000 to 450,000 pixels: `patch = 96`.
+- The largest patch is for small pictures. The paper's has 96 pixels, in pictures of 150,000 to
+  450,000: `patch = 96`.
 - The head has one hidden layer (the paper: fc7 and fc8), with batch normalisation.
 - Of the paper's two ways with colour this is dropping; there is no projection. Dropped colours
   become noise about the channel's mean over the data, as there. Patches are not made blurred.
@@ -52,7 +52,7 @@ class Config:
     """Height and width of a patch in pixels; 0: the largest that the picture allows."""
     gap: float = 0.5
     """Distance between patches of the grid, as a share of the patch; rounded up to pixels."""
-    jitter: float = 0.073
+    jitter: float = 0.0729
     """How far each patch may move each way, as a share of it (7 / 96); rounded up to pixels."""
     drop_colour: float = 1.0
     """Probability that a patch keeps one channel alone; pictures of other than 3 keep all."""

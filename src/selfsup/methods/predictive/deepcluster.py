@@ -34,7 +34,6 @@ Reference result: docs/results/vision.json, with its command.
 """
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, final
@@ -150,7 +149,7 @@ class DeepCluster(Objective):
         super().__init__()
         self.config, self.encoder = config, encoder
         self.past_encoder = frozen(copy.deepcopy(encoder))
-        self.refresh_every, self.chance_loss = config.refresh_every, math.log(config.clusters)
+        self.refresh_every = config.refresh_every
         self.head = nn.Linear(encoder.dim, config.clusters)
         nn.init.normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
