@@ -1,6 +1,9 @@
 """Pictures and table rows go through the verbs that text goes through, from end to end."""
 
+import base64
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -133,8 +136,28 @@ def test_finetune_predict_embed_compare_report(picture_run, photos, selfsup, tmp
     arms = json.loads((picture_run / "compare.json").read_text())["arms"]
     assert set(arms) == {"pretrained", "scratch", "baseline"}
     assert min(arms["baseline"]["20"]) > 0.6
-    assert selfsup("report", picture_run).code == 0
-    assert (picture_run / "report.html").stat().st_size > 10_000
+
+
+def test_the_report_shows_pictures_and_probes(picture_run, photos, selfsup, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(picture_run, run)
+    (run / "probe.json").unlink(missing_ok=True)
+    panels = json.loads((run / "pictures.json").read_text())
+    assert [panel["title"] for panel in panels] == ["Views", "Nearest neighbours"]
+    for panel in panels:
+        assert [len(row) for row in panel["rows"]] == [8] * 6
+    first = Image.open(io.BytesIO(base64.b64decode(panels[0]["rows"][0][0].partition(",")[2])))
+    assert first.size == (12, 12)
+    assert selfsup("report", run).code == 0
+    assert "Frozen features" not in (run / "report.html").read_text()
+    answer = selfsup("probe", run, "--data", photos / "train", "--test", photos / "test")
+    assert answer.code == 0, answer.err
+    assert selfsup("report", run).code == 0
+    html = (run / "report.html").read_text()
+    assert html.count('<img alt="" src="data:image/png;base64,') == 2 * 6 * 8
+    assert "Frozen features" in html
+    assert "40 test examples" in html
+    assert "filled blanks" not in html, "pictures have none: nothing to ask for"
 
 
 def test_too_many_damaged_pictures_stop_with_exit_code_3(photos, selfsup, tmp_path):

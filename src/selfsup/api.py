@@ -13,8 +13,8 @@ from selfsup import config as configuration
 from selfsup import console, environment, registry
 from selfsup.config import RunConfig, run_config, run_values
 from selfsup.errors import CheckpointError, ConfigError, nearest
+from selfsup.evaluation import anomaly, detectors, frozen, showcase
 from selfsup.evaluation import compare as comparison
-from selfsup.evaluation import frozen, showcase
 from selfsup.evaluation.adapt import answers, default_training, fit, new_task
 from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
@@ -36,7 +36,7 @@ IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the s
 
 
 def load(run: str | Path, device: str = "auto") -> Model:
-    """Loads a run's model: `.embed`, `.fill`, `.generate`, `.predict`, `.score`.
+    """Loads a run's model: `.embed`, `.fill`, `.generate`, `.predict`, `.score`, `.anomalies`.
 
     Args:
         run: a run folder, or its `model/` folder.
@@ -100,8 +100,13 @@ def pretrain(
             "pre-training",
             watch,
         )
-        save_model(folder.path / "model", objective, sections, prepared.preprocessor)
         model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
+        calibrated = anomaly.calibration(model, prepared.valid)
+        if calibrated:
+            sections |= calibrated
+            written = configuration.read_toml(folder.path / "run.toml")
+            write_text(folder.path / "run.toml", configuration.write_toml(written | calibrated))
+        save_model(folder.path / "model", objective, sections, prepared.preprocessor)
         for name, show in SHOWN.items():
             shown = show(model, prepared.valid)
             if shown:
@@ -261,22 +266,30 @@ def finetune(
 
 
 def evaluate(
-    run: str | Path, data: str | Path | None = None, columns: Columns | None = None
-) -> dict[str, float]:
+    run: str | Path,
+    data: str | Path | None = None,
+    columns: Columns | None = None,
+    normal: str | None = None,
+) -> dict[str, Any]:
     """Scores a run on data it was not trained on.
 
     Args:
         run: a pre-trained run: held-out loss and perplexity; or a fine-tuned one: its metrics.
         data: for a pre-trained run other unlabeled text, by default the part of its own corpus that
             was held out; for a fine-tuned run a labelled file.
-        columns: as for `finetune`.
+        columns: as for `finetune`. A `label` makes `data` a labelled file for a pre-trained run
+            too: one that rebuilds rows or pictures is compared with other detectors of anomalies.
+        normal: the label of normal items, all others being anomalies.
 
     Returns:
-        metric names and values.
+        metric names and values; by detector where detectors are compared.
     """
-    model = load_model(run)
-    if isinstance(model.objective, Task):
-        return _evaluate_task(model, data, columns or {})
+    model, columns = load_model(run), columns or {}
+    fine_tuned = isinstance(model.objective, Task)
+    if normal is not None or ("label" in columns and not fine_tuned):
+        return detectors.evaluate(model, run, data, columns, normal)
+    if fine_tuned:
+        return _evaluate_task(model, data, columns)
     values = configuration.read_toml(Path(run) / "run.toml")
     config = run_config({k: values[k] for k in ("data", "model", "method", "training")})
     data_module = registry.module_of(registry.DATA, "data", config.data_name)
@@ -439,4 +452,7 @@ def report(
 def say_next(run: Path) -> None:
     """The next steps to try, for people."""
     console.say(f"next: selfsup report {run}")
+    if "anomaly" in configuration.read_toml(run / "run.toml"):
+        console.say(f"      selfsup predict {run} --data NEW")
+        return
     console.say(f"      selfsup compare {run} --task classification --data LABELLED.csv")

@@ -168,10 +168,15 @@ def _add_training_verbs(parsers: Any) -> None:
         "score a run on data it was not trained on",
         "  selfsup evaluate runs/mine                       held-out loss of its own corpus\n"
         "  selfsup evaluate runs/mine --data other.txt\n"
-        "  selfsup evaluate runs/reviews --data test.csv    metrics of a fine-tuned run",
+        "  selfsup evaluate runs/reviews --data test.csv    metrics of a fine-tuned run\n"
+        "  selfsup evaluate runs/rows --data test.csv --label class --normal ok\n"
+        "      anomalies that a pre-trained autoencoder finds, beside other detectors",
     )
     p.add_argument("model", help="a run folder")
     p.add_argument("--data", help="unlabeled text, or for a fine-tuned run a labelled file")
+    p.add_argument(
+        "--normal", metavar="VALUE", help="the label of normal rows, all others being anomalies"
+    )
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
 
@@ -223,12 +228,13 @@ def _add_using_verbs(parsers: Any) -> None:
         parsers,
         "predict",
         verbs.predict,
-        "label new items with a fine-tuned run",
+        "label new items with a fine-tuned run, or find unusual ones with an autoencoder",
         "  selfsup predict runs/reviews 'A wonderful film.'\n"
         "  selfsup predict runs/reviews --data new.csv > labels.tsv\n"
-        "  selfsup predict runs/pairs --data new.csv --text question --text-b answer",
+        "  selfsup predict runs/pairs --data new.csv --text question --text-b answer\n"
+        "  selfsup predict runs/rows --data new.csv         anomaly or normal, and why",
     )
-    p.add_argument("model", help="a fine-tuned run folder")
+    p.add_argument("model", help="a fine-tuned run, or an autoencoder of rows or pictures")
     p.add_argument("items", nargs="*", help="texts, or paths of pictures or sounds")
     p.add_argument("--data", nargs="+", help="files of the kind that the run was trained on")
     p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")

@@ -8,7 +8,7 @@ model/tokenizer.json     or another preprocessor's file
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
 from selfsup.randomness import isolated, seed_layers, torch_generator
 from selfsup.training.checkpoint import load_tensors, load_weights, save_tensors
 from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
+
+if TYPE_CHECKING:
+    from selfsup.evaluation.anomaly import Anomaly
 
 FORMAT = 1
 
@@ -332,6 +335,17 @@ class Model:
             for number, value in zip(numbers, sums.tolist(), strict=True):
                 out[number] = value
         return out
+
+    def anomalies(self, items: Sequence[Any], batch_size: int = 256) -> "list[Anomaly]":
+        """How unusual each table row or picture is, and in which columns: `evaluation.anomaly`.
+
+        Raises:
+            ConfigError: the run rebuilds neither table rows nor pictures.
+            DataError: an item cannot be read; its number is named.
+        """
+        from selfsup.evaluation.anomaly import anomalies  # it imports this module
+
+        return anomalies(self, items, batch_size)
 
     def _batches(self, items: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
         for numbers, batch in self.preprocessor.batches(items, size):

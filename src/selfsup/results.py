@@ -62,7 +62,7 @@ def record_comparison(name: str, result: dict[str, Any]) -> None:
     keys = ("task", "metric", "test_size", "label_counts", "learning_rates", "baseline_names")
     record(
         name,
-        command=environment.command_line(),
+        command=result["command"],
         seeds=result["seeds"],
         seconds=result["seconds"],
         scores=result["arms"],

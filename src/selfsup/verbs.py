@@ -135,12 +135,15 @@ def evaluate(options: argparse.Namespace) -> None:
     from selfsup import api, results
 
     started = time.monotonic()
-    scores = api.evaluate(options.model, options.data, _columns(options))
+    scores = api.evaluate(options.model, options.data, _columns(options), options.normal)
     if options.record:
         seconds = time.monotonic() - started
         results.record_evaluation(options.record, options.model, scores, seconds)
     for name, value in scores.items():
-        print(f"{name}\t{value:.6g}")
+        if isinstance(value, dict):  # detectors of anomalies, one a line
+            print("\t".join([f"{name:<20}", *(f"{k} {v:.4f}" for k, v in value.items())]))
+        else:
+            print(f"{name}\t{value:.6g}")
 
 
 def _items(options: argparse.Namespace, model: Any) -> list[tuple[str, Any]]:
@@ -208,7 +211,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Prints a label per item."""
+    """Prints a label per item, or whether it is unusual."""
     from selfsup import api
 
     if not options.items and not options.data:
@@ -220,6 +223,12 @@ def predict(options: argparse.Namespace) -> None:
     elif options.data:
         items += _items(options, model)
     names, values = [name for name, _ in items], [item for _, item in items]
+    if "anomaly" in model.values:
+        from selfsup.evaluation.anomaly import line
+
+        for name, found in zip(names, model.anomalies(values), strict=True):
+            print(line(name, found))
+        return
     task = model.values.get("task", {}).get("name")
     if task == "classification":
         for name, share in zip(names, model.predict_proba(values), strict=True):

@@ -18,7 +18,7 @@ Deviations from the papers: the squared error takes the place of the cross entro
 [0, 1] (2008, equation 2). Encoder and decoder share no weights, and are trained at once, not layer
 by layer. The code of a convolutional encoder is its pooled vector. AdamW takes the place of SGD.
 
-Reference result: docs/results/tables.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ correlations is to integrate over them.
 Deviations from the paper: the code is a linear map of the encoder's pooled vector; one code is
 drawn per input, as there; AdamW takes the place of Adagrad.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import math

@@ -16,7 +16,7 @@ Deviations from the paper: codes begin as vectors of the first batches, and unus
 standardised pixels. The decoder upsamples without transposed convolutions (`models/decoders.py`).
 No prior over codes is learned here. AdamW takes the place of Adam.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from collections.abc import Iterable

@@ -19,7 +19,7 @@ Deviations from the paper:
 - The last layer of projector and predictor has a bias, which theirs lacks.
 - AdamW takes the place of LARS.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import copy

@@ -17,7 +17,7 @@ Deviations from the paper:
 
 For CIFAR (appendix D) the paper's projector has 2 layers, and the views no blur.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ Deviations from the paper:
 - The symmetric loss, an option, is the demo's, but the mean of both directions, not their sum.
 - AdamW takes the place of SGD.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import copy

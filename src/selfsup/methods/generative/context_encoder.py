@@ -21,7 +21,7 @@ Deviations from the paper:
 - The encoder is any that gives a square map of positions (the paper: AlexNet). AdamW takes the
   place of Adam.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ Deviations from the paper:
   become noise about the channel's mean over the data, as there. Patches are not made blurred.
 - AdamW takes the place of SGD.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import math

@@ -30,7 +30,7 @@ Deviations from the paper:
 - AdamW takes the place of SGD. The layer that is drawn anew at a `refresh` keeps the optimizer's
   moments of the one before it.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import copy

@@ -17,7 +17,7 @@ connected layers and NIN its own blocks. The default views are the random crops 
 authors' code for ImageNet with `random_sized_crop`; for CIFAR it shifts pictures of 32 pixels by up
 to 4, about `crop_scale = [0.75, 1.0]` here. AdamW takes the place of SGD.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 import math

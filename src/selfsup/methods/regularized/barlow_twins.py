@@ -14,7 +14,7 @@ place of LARS. The code multiplies the loss by 0.024 to suit LARS; `scale` offer
 code the views pass through encoder and projector one after the other, so batch normalisation sees
 one view at a time, and the projector's last layer has no bias: standardising takes it away again.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ and solarise 0.1). As there, the views pass through encoder and expander one aft
 batch normalisation sees one view at a time, and the expander's last layer has no bias, which would
 change no term. AdamW takes the place of LARS.
 
-Reference result: docs/results/vision.json, with its command.
+Reference result: none is recorded yet.
 """
 
 from dataclasses import dataclass
