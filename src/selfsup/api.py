@@ -11,7 +11,7 @@ import torch
 
 from selfsup import config as configuration
 from selfsup import console, environment, registry
-from selfsup.config import RunConfig, run_config, run_values
+from selfsup.config import run_config, run_values
 from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import anomaly, detectors, frozen, showcase
 from selfsup.evaluation import compare as comparison
@@ -19,20 +19,26 @@ from selfsup.evaluation.adapt import answers, default_training, fit, new_task
 from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
-from selfsup.model_folder import Model, build_encoder, build_objective, load_model, save_model
-from selfsup.models.encoder import Encoder
-from selfsup.objective import Objective, Task
+from selfsup.model_folder import Model, load_model, save_model
+from selfsup.objective import Task
+from selfsup.run_start import (
+    IDENTITY,
+    KEPT,
+    build_method,
+    check_fields,
+    check_same,
+    say_start,
+    write_run,
+)
 from selfsup.training.config import TrainingConfig
-from selfsup.training.device import autocast, pick_device, pick_dtype
+from selfsup.training.device import autocast
 from selfsup.training.evaluate import evaluate as held_out_loss
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
 Columns = dict[str, Any]
-KEPT = ("data", "model", "method")  # sections that a model folder keeps and a resumed run repeats
 SHOWN = {"fills": showcase.fills, "samples": showcase.samples, "pictures": gallery}
 """Files of a run that people look at: each is written where there is something to show."""
-IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the same
 
 
 def load(run: str | Path, device: str = "auto") -> Model:
@@ -76,20 +82,20 @@ def pretrain(
     try:
         sections = {k: v for k, v in run_values(config).items() if k in KEPT}
         if resume:
-            _check_same(folder.path, sections, {})
+            check_same(folder.path, sections, {})
         data_module = registry.module_of(registry.DATA, "data", config.data_name)
         prepared = data_module.prepare(config.data, data)
         if resume:
-            _check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
+            check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
         method = registry.resolve(registry.METHODS, "method", config.method_name)
-        _check_fields(config, method.fields, prepared.train.fields)
-        objective = _build_method(config, prepared.spec)
-        _check_fields(config, objective.fields, prepared.train.fields)  # it may want more
+        check_fields(config, method.fields, prepared.train.fields)
+        objective = build_method(config, prepared.spec)
+        check_fields(config, objective.fields, prepared.train.fields)  # it may want more
         source = [str(d) for d in data] if isinstance(data, list | tuple) else str(data)
-        _write_run(
+        write_run(
             folder.path, run_values(config), config.training, objective, prepared.facts, source
         )
-        _say_start(config, objective, prepared)
+        say_start(config, objective, prepared)
         watch = frozen.online_probe(objective, prepared.train, prepared.valid)
         train(
             objective,
@@ -114,74 +120,6 @@ def pretrain(
     finally:
         folder.close()
     return folder.path
-
-
-def _build_method(config: RunConfig, spec: Any) -> Objective:
-    seed = config.training.seed
-    encoder = build_encoder(config.model_name, config.model, spec, seed)
-    return build_objective("methods", config.method_name, config.method, encoder, spec, seed)
-
-
-def _check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Resuming needs the same whole sections and the same facts; training may be prolonged."""
-    if not (path / "run.toml").exists():
-        return  # stopped before the first line was written: there is nothing to differ from
-    before = configuration.read_toml(path / "run.toml")
-    pairs = {
-        f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
-        for section, values in sections.items()
-        for key in sorted(before.get(section, {}).keys() | values.keys())
-    }
-    pairs |= {f"facts.{k}": (before.get("facts", {}).get(k), new) for k, new in facts.items()}
-    for key, (old, new) in pairs.items():
-        if old != new:
-            raise ConfigError(
-                f"--resume: {path} was begun with {key} = {old!r}, now {new!r}; "
-                "use the same recipe, settings and data, or another --out"
-            )
-
-
-def _check_fields(config: RunConfig, wanted: Sequence[str], given: Sequence[str]) -> None:
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        hint = "; set data.rows = 'pairs'" if "segments" in missing else ""
-        raise ConfigError(
-            f"{config.method_name} reads {', '.join(missing)}, which this data does not give{hint}"
-        )
-
-
-def _say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
-    number = sum(p.numel() for p in objective.parameters())
-    console.say(
-        f"{config.method_name}, {config.model_name} of {number / 1e6:.1f}M parameters, "
-        f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicates found"
-    )
-
-
-def _write_run(
-    path: Path,
-    sections: dict[str, Any],
-    training: TrainingConfig,
-    objective: Objective,
-    facts: dict[str, Any],
-    source: Any,
-) -> None:
-    device = pick_device(training.device)
-    dtype = str(pick_dtype(training.precision, device)).removeprefix("torch.")
-    number = sum(p.numel() for p in objective.parameters())
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    values = {
-        **sections,
-        "command": {"line": environment.command_line(), "source": source},
-        "environment": {
-            **environment.versions(),
-            **environment.machine(),
-            "device": str(device),
-            "precision": dtype,
-        },
-        "facts": {**facts, "parameters": number, "trained_parameters": trained},
-    }
-    write_text(path / "run.toml", configuration.write_toml(values))
 
 
 def finetune(
@@ -246,11 +184,11 @@ def finetune(
         facts = {"labelled_examples": len(train_data)}
         if resume:
             same = {k: sections[k] for k in ("model", "task", "labels")}
-            _check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
+            check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
         built = new_task(
             base.encoder, task, task_config, train_data, tuning=tuning, seed=training.seed
         )
-        _write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
+        write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
         fit(
             built,
             preprocessor,
@@ -366,7 +304,7 @@ def compare(
     result["command"] = environment.command_line()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
-    shown = showcase.embedding_map(model, _untrained(model), labels.test)
+    shown = showcase.embedding_map(model, model.untrained_encoder(), labels.test)
     stem = path.stem if "compare" in path.stem else f"{path.stem}-compare"
     write_json(path.with_name(stem.replace("compare", "embeddings") + ".json"), shown)
     return result
@@ -381,6 +319,8 @@ def probe(
     test: str | Path | None = None,
     columns: Columns | None = None,
     max_length: int | None = None,
+    across: bool = False,
+    shots: int = 0,
 ) -> dict[str, Any]:
     """Measures frozen features: weighted kNN and a linear probe; writes probe.json into the run.
 
@@ -395,6 +335,9 @@ def probe(
         test: labelled test file; by default split off `data`.
         columns: as for `finetune`.
         max_length: as for `finetune`.
+        across: leave out one group (a speaker, say) at a time instead of `valid` and `test`; also
+            gives `eer`, the equal error rate of telling groups apart.
+        shots: with `across`, labelled examples of each class and group; 0: all.
 
     Returns:
         what the file holds: `scores` by features and probe.
@@ -404,24 +347,24 @@ def probe(
     if isinstance(model.objective, Task):
         raise CheckpointError(f"{run} is fine-tuned already; probe needs a pre-trained run")
     kind = model.values["data"]["name"]
-    labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
-    scores = frozen.probe(model, _untrained(model), labels, max_length)
+    if across:
+        read = registry.module_of(registry.DATA, "data", kind).read_labels
+        labelled = read(data, task, **(columns or {}))
+        scores = probe_across_groups(model, model.untrained_encoder(), labelled, max_length, shots)
+        sizes = {"test_size": len(labelled), "groups": len(set(labelled.groups)), "shots": shots}
+    else:
+        labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
+        scores = frozen.probe(model, model.untrained_encoder(), labels, max_length)
+        sizes = {"train_size": len(labels.train), "test_size": len(labels.test)}
     result = {
         "task": task,
-        "train_size": len(labels.train),
-        "test_size": len(labels.test),
+        **sizes,
         "scores": scores,
         "seconds": round(time.monotonic() - started, 1),
         "command": environment.command_line(),
     }
     write_json(Path(run) / "probe.json", result)
     return result
-
-
-def _untrained(model: Model) -> Encoder:
-    """The same network with fresh weights."""
-    name, config = model.values["model"]["name"], model.encoder.config
-    return build_encoder(name, config, model.preprocessor.spec, seed=0)
 
 
 def _default_counts(available: int) -> list[int]:

@@ -150,7 +150,9 @@ def _add_training_verbs(parsers: Any) -> None:
         "probe",
         verbs.probe,
         "see what frozen features are worth: kNN and linear probe, beside an untrained network",
-        "  selfsup probe runs/photos --data train.parquet --test test.parquet",
+        "  selfsup probe runs/photos --data train.parquet --test test.parquet\n"
+        "  selfsup probe runs/speech --data wavs/ --across-groups --shots 1 \\\n"
+        "      --label '(?P<label>\\d)_(?P<group>[a-z]+)_'",
     )
     p.add_argument("model", help="a pre-trained run folder")
     p.add_argument("--task", default="classification", help="classification (default), regression")
@@ -158,6 +160,10 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--valid", help="labelled data that choose their settings (default: split off)")
     p.add_argument("--test", help="labelled data that are scored once (default: split off)")
     p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
+    p.add_argument(
+        "--across-groups", action="store_true", help="leave out one group (a speaker) at a time"
+    )
+    p.add_argument("--shots", type=int, default=0, help="labels per class and group; 0: all")
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
 

@@ -160,6 +160,11 @@ class Model:
         """The trained encoder."""
         return self.objective.encoder
 
+    def untrained_encoder(self, seed: int = 0) -> Encoder:
+        """The same network with fresh weights."""
+        name = self.values["model"]["name"]
+        return build_encoder(name, self.encoder.config, self.preprocessor.spec, seed)
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
         with torch.inference_mode(), autocast(self.device, self.dtype):

@@ -122,6 +122,8 @@ def probe(options: argparse.Namespace) -> None:
         test=options.test,
         columns=_columns(options),
         max_length=options.max_length,
+        across=options.across_groups,
+        shots=options.shots,
     )
     if options.record:
         results.record_probe(options.record, options.model, result)
@@ -151,7 +153,7 @@ def _items(options: argparse.Namespace, model: Any) -> list[tuple[str, Any]]:
     from selfsup import registry
 
     data_module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
-    return list(data_module.read_items(_sources(options), options.text))
+    return list(data_module.read_items(_sources(options), options.text, model.preprocessor))
 
 
 def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:

@@ -125,6 +125,10 @@ class AudioPreprocessor:
         except (OSError, KeyError, TypeError, ValueError, ConfigError) as error:
             raise DataError(f"{path}: not the preprocessor of a sound model ({error})") from error
 
+    def raw(self) -> "AudioPreprocessor":
+        """The same without `cmvn`, which takes out each sound's mean and variance."""
+        return AudioPreprocessor(replace(self.config, cmvn="none"), self.max_samples)
+
     def limited(self, max_length: int | None) -> "AudioPreprocessor":
         """The same for sounds of at most `max_length` frames, also where batches hold waveforms.
 
@@ -221,7 +225,7 @@ class AudioPreprocessor:
 load_preprocessor = AudioPreprocessor.load
 
 
-def read_items(source: Source, column: str | None) -> Iterator[tuple[str, Path]]:
+def read_items(source: Source, column: str | None, preprocessor: Any) -> Iterator[tuple[str, Path]]:
     """(name, path) of every sound of a source; `column` has no meaning here."""
     for place in find(source):
         if isinstance(place, Path):

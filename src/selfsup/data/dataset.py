@@ -79,6 +79,10 @@ class Preprocessor(Protocol):
         """
         ...
 
+    def raw(self) -> "Preprocessor":
+        """The same without normalising single items away: what a baseline should see."""
+        ...
+
 
 @dataclass(frozen=True)
 class Prepared:

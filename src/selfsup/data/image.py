@@ -221,6 +221,10 @@ class ImagePreprocessor:
         """Labelled pictures as a data set."""
         return LabelledImages(labelled, self.form)
 
+    def raw(self) -> "ImagePreprocessor":
+        """Itself: single items are not normalised."""
+        return self
+
     def limited(self, max_length: int | None) -> "ImagePreprocessor":
         """Itself: pictures have no length."""
         return self
@@ -229,7 +233,7 @@ class ImagePreprocessor:
 load_preprocessor = ImagePreprocessor.load
 
 
-def read_items(source: Source, column: str | None) -> Iterator[tuple[str, Any]]:
+def read_items(source: Source, column: str | None, preprocessor: Any) -> Iterator[tuple[str, Any]]:
     """(name, encoded picture) of every picture of a source; `column` is for .parquet."""
     for picture in pictures(find(source), column or "image", "label"):
         yield picture.where, picture.content

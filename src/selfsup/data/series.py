@@ -241,6 +241,10 @@ class SeriesPreprocessor:
             raise DataError(f"{labelled.source}: {error}") from error
         return LabelledSeries(rows, labelled)
 
+    def raw(self) -> "SeriesPreprocessor":
+        """Itself: single items are not normalised."""
+        return self
+
     def limited(self, max_length: int | None) -> "SeriesPreprocessor":
         """Itself: series are never cut."""
         return self
@@ -250,7 +254,7 @@ load_preprocessor = SeriesPreprocessor.load
 
 
 def read_items(
-    source: str | Path | Sequence[str | Path], column: str | None
+    source: str | Path | Sequence[str | Path], column: str | None, preprocessor: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(file:line, series) of every series of .ts files; `column` has no meaning here."""
     for path in files_of(source, (".ts",)):

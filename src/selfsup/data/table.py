@@ -319,6 +319,10 @@ class TablePreprocessor:
         except DataError as error:
             raise DataError(f"{labelled.source}: {error}") from error
 
+    def raw(self) -> "TablePreprocessor":
+        """Itself: single items are not normalised."""
+        return self
+
     def limited(self, max_length: int | None) -> "TablePreprocessor":
         """Itself: rows have one length."""
         return self
@@ -332,11 +336,15 @@ load_preprocessor = TablePreprocessor.load
 
 
 def read_items(
-    source: str | Path | Sequence[str | Path], column: str | None
+    source: str | Path | Sequence[str | Path], column: str | None, preprocessor: Any
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, cells by column) of every row of a source; `column` has no meaning here."""
+    """(file:line, cells by column) of every row of a source; `column` has no meaning here.
+
+    Files have no header row if those that the model learned from had none.
+    """
+    numbered = all(name.isdecimal() for name in preprocessor.spec.columns)
     for path in files_of(source, KNOWN):
-        content = read_table(path)
+        content = read_table(path, header=not numbered)
         for where, row in zip(content.where, content.rows, strict=True):
             yield where, dict(zip(content.columns, row, strict=True))
 

@@ -230,6 +230,10 @@ class TextPreprocessor:
         """Labelled texts as a data set; rows longer than `max_length` tokens lose their end."""
         return LabelledText(labelled, self.tokenizer, self.max_length)
 
+    def raw(self) -> "TextPreprocessor":
+        """Itself: single items are not normalised."""
+        return self
+
     def limited(self, max_length: int | None) -> "TextPreprocessor":
         """The same tokenizer for rows of at most `max_length` tokens, 128 when None."""
         return TextPreprocessor(self.tokenizer, max_length or LABELLED_LENGTH)
@@ -328,7 +332,7 @@ read_labels = read
 load_preprocessor = TextPreprocessor.load
 
 
-def read_items(source: Source, column: str | None) -> Iterator[tuple[str, str]]:
+def read_items(source: Source, column: str | None, preprocessor: Any) -> Iterator[tuple[str, str]]:
     """(text, text) of every line of .txt files, and of every row of formats with columns."""
     for document in documents(source, text_column=column or "text", split="line"):
         yield document.text, document.text

@@ -168,7 +168,7 @@ def _explained(
 ) -> list[tuple[UnusualColumn, ...]]:
     spec: TableSpec = preprocessor.spec
     joined = column_errors(errors, spec.source, len(spec.columns))
-    order = joined.argsort(1, descending=True, stable=True)[:, :MAX_COLUMNS].tolist()
+    order = joined.argsort(stable=True, dim=1, descending=True)[:, :MAX_COLUMNS].tolist()
     shares = (joined / joined.sum(1, keepdim=True)).tolist()
     places = [[i for i, s in enumerate(spec.source) if s == c] for c in range(len(spec.columns))]
     values = rebuilt.cpu().double().numpy()

@@ -158,7 +158,7 @@ def _raw_featurisers(
             if seen is items:
                 return matrix
         unlabelled = replace(train, items=items, labels=[train.labels[0]] * len(items), groups=())
-        known.append((items, extract(preprocessor.labelled(unlabelled), raw_features)))
+        known.append((items, extract(preprocessor.raw().labelled(unlabelled), raw_features)))
         return known[-1][1]
 
     scale = StandardScaler().fit(raw(train.items))

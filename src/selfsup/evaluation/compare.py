@@ -25,7 +25,7 @@ from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
 from selfsup.evaluation.adapt import default_training, fit, new_task, score
 from selfsup.evaluation.baselines import fit_baseline
 from selfsup.evaluation.metrics import METRICS
-from selfsup.model_folder import Model, build_encoder, load_model
+from selfsup.model_folder import Model, load_model
 from selfsup.models.encoder import Encoder
 from selfsup.randomness import Order
 
@@ -224,11 +224,7 @@ class _Trainer:
         """The run's encoder, or a fresh one of the same shape."""
         if cell.arm == "pretrained":
             return self.model.encoder
-        values = dict(self.model.values["model"])
-        name = values.pop("name")
-        return build_encoder(
-            name, self.model.encoder.config, self.model.preprocessor.spec, cell.seed
-        )
+        return self.model.untrained_encoder(cell.seed)
 
     def __call__(self, cell: Cell) -> Result:
         """Trains and scores one cell."""

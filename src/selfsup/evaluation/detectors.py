@@ -3,16 +3,16 @@
 Nothing here sees an anomaly before the test: every detector is fitted on the rows that the model
 was pre-trained on, and its threshold comes from the rows that were held out of them.
 
-| detector             | score of an item                                                           |
-|----------------------|----------------------------------------------------------------------------|
-| reconstruction error | the model's squared error, see `anomaly.py`                                |
-| latent density       | Mahalanobis distance of the encoder's vector from those of the training    |
-|                      | rows, covariance shrunk by Ledoit and Wolf (2004, J. Multivar. Anal. 88)   |
-| PCA                  | squared error of a rebuilding from the components that hold 95% of the     |
-|                      | training rows' variance                                                    |
-| kNN                  | distance to the fifth nearest training row (Ramaswamy et al., 2000, SIGMOD)|
-| isolation forest     | 100 trees (Liu, Ting and Zhou, 2008, ICDM)                                 |
-| z-score              | largest distance of a value from its mean, in standard deviations          |
+| detector             | score of an item                                                        |
+|----------------------|-------------------------------------------------------------------------|
+| reconstruction error | the model's squared error, see `anomaly.py`                             |
+| latent density       | Mahalanobis distance of the encoder's vector from those of the training |
+|                      | rows; covariance shrunk (Ledoit and Wolf, 2004, J. Multivar. Anal. 88)  |
+| PCA                  | squared error of a rebuilding from the components that hold 95% of the  |
+|                      | training rows' variance                                                 |
+| kNN                  | distance to the fifth nearest training row (Ramaswamy et al., 2000)     |
+| isolation forest     | 100 trees (Liu, Ting and Zhou, 2008, ICDM)                              |
+| z-score              | largest distance of a value from its mean, in standard deviations       |
 
 The lower four read what the network reads: encoded rows, or pixels.
 """

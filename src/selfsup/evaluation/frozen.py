@@ -159,13 +159,16 @@ def probe(
         "pretrained": pooled_features(model.encoder, model.device),
         "untrained": pooled_features(untrained.to(model.device), model.device),
     }
-    if not isinstance(model.preprocessor.spec, Vocabulary):
-        functions["raw input"] = raw_features
     answers = {side: data.labels for side, data in parts.items()}
     out = {}
     for name, function in functions.items():
         found = {side: extract(data, function) for side, data in parts.items()}
         out[name] = _probed(found, answers, labels.train.task)
+    if not isinstance(preprocessor.spec, Vocabulary):
+        raw = preprocessor.raw()
+        sides = {"train": labels.train, "valid": labels.valid, "test": labels.test}
+        found = {side: extract(raw.labelled(part), raw_features) for side, part in sides.items()}
+        out["raw input"] = _probed(found, answers, labels.train.task)
     return out
 
 

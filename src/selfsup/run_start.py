@@ -1,0 +1,90 @@
+"""Before a run trains: the objective is built, what must fit is checked, run.toml is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsup import config as configuration
+from selfsup import console, environment
+from selfsup.config import RunConfig
+from selfsup.errors import ConfigError
+from selfsup.files import write_text
+from selfsup.model_folder import build_encoder, build_objective
+from selfsup.objective import Objective
+from selfsup.training.config import TrainingConfig
+from selfsup.training.device import pick_device, pick_dtype
+
+KEPT = ("data", "model", "method")  # sections that a model folder keeps and a resumed run repeats
+IDENTITY = ("fingerprint", "tokenizer")  # facts that say whether data are the same
+
+
+def build_method(config: RunConfig, spec: Any) -> Objective:
+    """A fresh method with its encoder, as the configuration says."""
+    seed = config.training.seed
+    encoder = build_encoder(config.model_name, config.model, spec, seed)
+    return build_objective("methods", config.method_name, config.method, encoder, spec, seed)
+
+
+def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Resuming needs the same whole sections and the same facts; training may be prolonged."""
+    if not (path / "run.toml").exists():
+        return  # stopped before the first line was written: there is nothing to differ from
+    before = configuration.read_toml(path / "run.toml")
+    pairs = {
+        f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
+        for section, values in sections.items()
+        for key in sorted(before.get(section, {}).keys() | values.keys())
+    }
+    pairs |= {f"facts.{k}": (before.get("facts", {}).get(k), new) for k, new in facts.items()}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise ConfigError(
+                f"--resume: {path} was begun with {key} = {old!r}, now {new!r}; "
+                "use the same recipe, settings and data, or another --out"
+            )
+
+
+def check_fields(config: RunConfig, wanted: Sequence[str], given: Sequence[str]) -> None:
+    """Refuses data that lack a field which the method reads."""
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        hint = "; set data.rows = 'pairs'" if "segments" in missing else ""
+        raise ConfigError(
+            f"{config.method_name} reads {', '.join(missing)}, which this data does not give{hint}"
+        )
+
+
+def say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
+    """One line for people: what is trained, and on how much."""
+    number = sum(p.numel() for p in objective.parameters())
+    console.say(
+        f"{config.method_name}, {config.model_name} of {number / 1e6:.1f}M parameters, "
+        f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicates found"
+    )
+
+
+def write_run(
+    path: Path,
+    sections: dict[str, Any],
+    training: TrainingConfig,
+    objective: Objective,
+    facts: dict[str, Any],
+    source: Any,
+) -> None:
+    """Writes run.toml: the resolved sections, the command, versions, machine and counts."""
+    device = pick_device(training.device)
+    dtype = str(pick_dtype(training.precision, device)).removeprefix("torch.")
+    number = sum(p.numel() for p in objective.parameters())
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    values = {
+        **sections,
+        "command": {"line": environment.command_line(), "source": source},
+        "environment": {
+            **environment.versions(),
+            **environment.machine(),
+            "device": str(device),
+            "precision": dtype,
+        },
+        "facts": {**facts, "parameters": number, "trained_parameters": trained},
+    }
+    write_text(path / "run.toml", configuration.write_toml(values))
