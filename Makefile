@@ -32,7 +32,8 @@ test: $(VENV)/installed-dev
 
 test-all: export OMP_NUM_THREADS = 1
 test-all: $(VENV)/installed-dev
-	$(BIN)/pytest -m 'not gpu'
+	$(BIN)/pytest -n auto --maxprocesses 8 -m 'not gpu and not fault'
+	$(BIN)/pytest -m fault
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

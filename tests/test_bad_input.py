@@ -98,7 +98,10 @@ def test_a_corpus_shorter_than_a_row(pretrain, tmp_path):
         (["steps=5"], "--set steps: give section.key"),
         (["method.name=masked_langage"], "did you mean 'masked_language'?"),
         (["model.name=transfomer"], "unknown model 'transfomer'"),
-        (["model.preset=bert-tny"], "unknown model preset 'bert-tny'; did you mean 'bert-tiny'?"),
+        (
+            ["model.preset=bert-tny"],
+            "unknown preset 'bert-tny' of model 'transformer'; did you mean 'bert-tiny'?",
+        ),
         (["model.heads=5"], "dim = 32 is not a multiple of heads = 5"),
         (["training.steps=0"], "exactly one positive budget"),
         (["training.lr=-1"], "training: lr must be at least 0, got -1"),
@@ -303,7 +306,7 @@ def test_embed(refused, masked_run, corpus, tmp_path):
 
 
 def test_predict(refused, tuned_run):
-    assert "give texts, or --data FILE" in refused(2, "predict", tuned_run)
+    assert "give items, or --data FILE" in refused(2, "predict", tuned_run)
     assert "item 1 is empty" in refused(3, "predict", tuned_run, "a film", "")
 
 

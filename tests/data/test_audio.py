@@ -623,7 +623,7 @@ def test_labelled_sounds(task, tmp_path):
     corpus(tmp_path / "in", 6)
     labelled = read_labels(tmp_path / "in", task, label=SPEAKERS)
     preprocessor = AudioPreprocessor(Config(rate=RATE, mel=20, mfcc=True))
-    data = preprocessor.labelled(labelled, max_length=40)
+    data = preprocessor.limited(40).labelled(labelled)
     assert data.fields == ("frames", "mask", "index", "mfcc", "label")
     assert (len(data), data.task, data.word_labels) == (6, task, [])
     assert data.labels.tolist() == [0, 0, 1, 1, 2, 2]

@@ -374,7 +374,7 @@ UNCHANGED = {
     "solarise": 0.0,
 }
 MIRRORED = {**UNCHANGED, "flip": 1.0}
-MILD = {"crop_scale": [0.5, 1.0], "jitter": 0.0, "grey": 0.0, "blur": 0.0}
+MILD = {"crop_scale": [0.5, 1.0], "jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarise": 0.0}
 
 
 def views(*names: str, **values: Any) -> dict[str, Any]:

@@ -28,9 +28,10 @@ def evaluate(
     health: dict[str, float] = {}
     for number in range(min(config.valid_batches, -(-len(data) // config.batch_size))):
         first = number * config.batch_size
+        if 0 < first == len(data) - 1:
+            break  # a single left-over example has nothing to be compared with: it joined the rest
         last = min(first + config.batch_size, len(data))
-        if first > 0 and last - first == 1:
-            break  # a single left-over example has nothing to be compared with
+        last += last == len(data) - 1
         batch = data.batch(order[first:last])
         batch = to_device(batch, device)
         generator = torch_generator(config.seed, "valid", number, device=device)
