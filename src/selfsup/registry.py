@@ -28,6 +28,7 @@ MODELS = {
 METHODS = {
     "simclr": "selfsup.methods.contrastive.simclr:SimCLR",
     "moco": "selfsup.methods.contrastive.moco:MoCo",
+    "wav2vec2": "selfsup.methods.contrastive.wav2vec2:Wav2Vec2",
     "byol": "selfsup.methods.bootstrapping.byol:BYOL",
     "simsiam": "selfsup.methods.bootstrapping.simsiam:SimSiam",
     "barlow_twins": "selfsup.methods.regularized.barlow_twins:BarlowTwins",
@@ -35,6 +36,7 @@ METHODS = {
     "rotation": "selfsup.methods.predictive.rotation:Rotation",
     "context_prediction": "selfsup.methods.predictive.context_prediction:ContextPrediction",
     "deepcluster": "selfsup.methods.predictive.deepcluster:DeepCluster",
+    "hubert": "selfsup.methods.predictive.hubert:HuBERT",
     "best_rq": "selfsup.methods.predictive.best_rq:BestRQ",
     "autoencoder": "selfsup.methods.autoencoding.autoencoder:Autoencoder",
     "vae": "selfsup.methods.autoencoding.vae:VAE",
@@ -45,8 +47,6 @@ METHODS = {
     "masked_series": "selfsup.methods.generative.masked_series:MaskedSeries",
     "apc": "selfsup.methods.generative.apc:APC",
     "mockingjay": "selfsup.methods.generative.mockingjay:Mockingjay",
-    "wav2vec2": "selfsup.methods.contrastive.wav2vec2:Wav2Vec2",
-    "hubert": "selfsup.methods.predictive.hubert:HuBERT",
 }
 TASKS = {
     "classification": "selfsup.tasks.classification:Classification",
