@@ -117,7 +117,7 @@ def training(run: Run, anchor: str) -> str:
     figure = charts.both_widths(lambda w, h: charts.training_loss(run, w, h))
     body = f"<figure>{figure}</figure>" + _grid(_small_panels(run), "small")
     title = "Fine-tuning" if "task" in run.values else "Pre-training"
-    lead = "Thin: the training loss as logged. Bold: the same, smoothed. Dots: text held out."
+    lead = "Thin: the training loss as logged. Bold: the same, smoothed. Dots: held out."
     return section(anchor, title, lead, body)
 
 
@@ -137,9 +137,11 @@ def _small_panels(run: Run) -> list[str]:
 
 def speed(run: Run, anchor: str) -> str:
     """Throughput over the steps."""
+    kind = run.values.get("data", {}).get("name", "text")
+    unit = {"text": "tokens", "audio": "frames"}.get(kind, "examples")
     panels = []
     for key, name in (
-        ("tokens_per_second", "tokens per second"),
+        ("tokens_per_second", f"{unit} per second"),
         ("data_wait", "share of time spent waiting for data"),
     ):
         rows = [row for row in run.speed if finite(row.get(key))]
@@ -149,7 +151,7 @@ def speed(run: Run, anchor: str) -> str:
     if not panels:
         return ""
     rates = [r["tokens_per_second"] for r in run.speed if finite(r.get("tokens_per_second"))]
-    lead = f"Median: {rounded(median(rates))} tokens per second." if rates else ""
+    lead = f"Median: {rounded(median(rates))} {unit} per second." if rates else ""
     return section(anchor, "Speed", lead, _grid(panels, "small"))
 
 
