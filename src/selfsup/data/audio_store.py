@@ -21,6 +21,7 @@ from selfsup.data.audio_features import Config, Decoded, Features, collate, deco
 from selfsup.data.audio_files import WORKERS, Item, found_items, in_order
 from selfsup.data.bad_items import BadItems
 from selfsup.data.dataset import Dataset
+from selfsup.data.labels import class_order
 from selfsup.data.reading import HubDataset, Source
 from selfsup.errors import DataError
 
@@ -273,7 +274,7 @@ class _Writer:
 
     def save(self) -> list[str]:
         """Writes the offsets, and the labels where every example has one; returns their names."""
-        names = sorted({label for side in SIDES for label in self.labels[side]}, key=natural_order)
+        names = sorted({label for side in SIDES for label in self.labels[side]}, key=class_order)
         names = [] if "" in names else names
         numbers = {name: number for number, name in enumerate(names)}
         for side in SIDES:
@@ -283,8 +284,3 @@ class _Writer:
                 labels = np.array([numbers[label] for label in self.labels[side]])
                 np.save(self.folder / f"{side}.labels.npy", labels)
         return names
-
-
-def natural_order(name: str) -> tuple[float, str]:
-    """Sorts "2" before "10" where classes are numbers."""
-    return float(name) if name.isdecimal() else math.inf, name

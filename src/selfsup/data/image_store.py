@@ -26,7 +26,8 @@ from selfsup import console, files
 from selfsup.data.bad_items import BadItems
 from selfsup.data.image_decoding import Form, decode_all
 from selfsup.data.image_files import Found, idx_labels, kind_of, num_pictures, pictures
-from selfsup.data.labelled_image import class_order, label_text
+from selfsup.data.labelled_image import label_text
+from selfsup.data.labels import class_order
 from selfsup.data.store import source_fingerprint
 from selfsup.errors import DataError
 

@@ -12,10 +12,9 @@ import torch
 from selfsup.batch import Batch
 from selfsup.data.audio_features import collate, compiled_pattern
 from selfsup.data.audio_files import find, path_says
-from selfsup.data.audio_store import natural_order
 from selfsup.data.dataset import Dataset
 from selfsup.data.label_files import Record, find_column, suffix_of, table
-from selfsup.data.labels import Labelled
+from selfsup.data.labels import Labelled, class_order
 from selfsup.errors import ConfigError, DataError, nearest
 
 TASKS = ("classification", "regression")
@@ -68,7 +67,7 @@ def read_labels(
             raise DataError(
                 f"{path}: every label is {labels[0]!r}; {task} needs at least two different ones"
             )
-        names = tuple(sorted(set(labels), key=natural_order)) if task == "classification" else ()
+        names = tuple(sorted(set(labels), key=class_order)) if task == "classification" else ()
     groups = tuple(row.group for row in rows)
     sounds = [row.sound for row in rows]
     return Labelled(task, sounds, labels, names, str(path), groups if all(groups) else ())

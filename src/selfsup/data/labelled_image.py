@@ -21,18 +21,13 @@ from selfsup.data.dataset import LabelledDataset
 from selfsup.data.image_decoding import Form, decode_items
 from selfsup.data.image_files import Picture, columns_of, find, kind_of, pictures
 from selfsup.data.label_files import COMPRESSED, find_column, suffix_of, table
-from selfsup.data.labels import Labelled
+from selfsup.data.labels import Labelled, class_order
 from selfsup.errors import ConfigError, DataError, nearest
 
 TASKS = ("classification", "regression")
 TABLES = (".csv", ".tsv", ".jsonl")
 TABLE_ENDS = tuple(table + end for table in TABLES for end in ("", *COMPRESSED))
 PATH_COLUMNS = ("image", "file", "path", "filename")
-
-
-def class_order(name: str) -> tuple[float, str]:
-    """A sorting key: "2" before "10" where classes are numbers."""
-    return (int(name) if name.isdecimal() else math.inf, name)
 
 
 def label_text(value: Any) -> str:

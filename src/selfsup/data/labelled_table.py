@@ -3,7 +3,6 @@
 `labelled_by` and `label_numbers` also check and number the labels of series.
 """
 
-import math
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +12,7 @@ import torch
 from selfsup.batch import Batch
 from selfsup.data.dataset import LabelledDataset
 from selfsup.data.label_files import find_column
-from selfsup.data.labels import Labelled
+from selfsup.data.labels import Labelled, class_order
 from selfsup.data.table_columns import Rows
 from selfsup.data.table_files import KNOWN, category, kind_of, parsed, read_table
 from selfsup.errors import ConfigError, DataError, nearest
@@ -107,9 +106,7 @@ def labelled_by(
         found = set(labels)
         if len(found) < 2:
             raise DataError(f"{path}: every label is {labels[0]!r}; {task} needs at least two")
-        # "2" before "10" where classes are numbers
-        ordered = sorted(found, key=lambda n: (int(n) if str(n).isdecimal() else math.inf, n))
-        names = tuple(ordered) if task == "classification" else ()
+        names = tuple(sorted(found, key=class_order)) if task == "classification" else ()
     return Labelled(task, items, labels, names, str(path))
 
 

@@ -25,7 +25,7 @@ from selfsup.data.label_files import (
     suffix_of,
     table,
 )
-from selfsup.data.labels import Labelled
+from selfsup.data.labels import Labelled, class_order
 from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import ConfigError, DataError, nearest
 
@@ -111,8 +111,7 @@ def _names(path: Path, task: str, labels: list[Any]) -> tuple[str, ...]:
         )
     if task == "regression":
         return ()
-    # "2" before "10" where classes are numbers
-    return tuple(sorted(found, key=lambda n: (int(n) if n.isdecimal() else math.inf, n)))
+    return tuple(sorted(found, key=class_order))
 
 
 def _table_rows(path: Path, task: str, text, text_b, label) -> list[tuple[str, Any, Any]]:

@@ -105,6 +105,15 @@ def split(labelled: Labelled, fractions: Sequence[float], seed: int) -> tuple[La
     return tuple(labelled.take(part) for part in parts)
 
 
+def class_order(name: str) -> tuple[float, str]:
+    """A sorting key for class names: "2" before "10" where classes are numbers.
+
+    >>> sorted(["10", "cat", "2"], key=class_order)
+    ['2', '10', 'cat']
+    """
+    return (int(name) if name.isdecimal() else math.inf, name)
+
+
 def content_key(item: Any) -> str:
     """A string that is equal for equal items: texts, lists, rows, paths, encoded or decoded files.
 
