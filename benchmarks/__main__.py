@@ -1,32 +1,49 @@
 """`make bench`: ratios of two things measured in one run, on this machine.
 
-python -m benchmarks                 all of them
-python -m benchmarks --record text   and write docs/results/bench-text.json
+python -m benchmarks                          all of them
+python -m benchmarks pictures                 one group, or one benchmark by its name
+python -m benchmarks text --record text       and write docs/results/bench-text.json
 """
 
 import argparse
 import os
+import shlex
 import time
 
-from benchmarks.text import BENCHMARKS
+from benchmarks import pictures, speech, text
+from benchmarks.timing import NotMeasuredError
+
+GROUPS = {"text": text.BENCHMARKS, "pictures": pictures.BENCHMARKS, "speech": speech.BENCHMARKS}
+BENCHMARKS = {name: measure for group in GROUPS.values() for name, measure in group.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
+    known = ", ".join([*GROUPS, *BENCHMARKS])
+    parser.add_argument("names", nargs="*", default=list(GROUPS), help=known)
     parser.add_argument("--record", metavar="NAME", help="write docs/results/bench-NAME.json")
     options = parser.parse_args()
+    names = [one for name in options.names for one in GROUPS.get(name, [name])]
+    for name in names:
+        if name not in BENCHMARKS:
+            parser.error(f"unknown benchmark {name!r}; known are {known}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     started, scores = time.monotonic(), {}
     print(f"{'benchmark':<34} {'selfsup':>12} {'peer':>12} {'ratio':>7}   unit")
-    for name in options.names:
-        ours, peer, unit = BENCHMARKS[name]()
+    for name in names:
+        try:
+            ours, peer, unit = BENCHMARKS[name]()
+        except NotMeasuredError as error:
+            print(f"{name}: not measured ({error})", flush=True)
+            continue
         scores[name] = {"selfsup": ours, "peer": peer, "ratio": ours / peer}
         print(f"{name:<34} {ours:>12,.0f} {peer:>12,.0f} {ours / peer:>6.2f}x   {unit}", flush=True)
     if options.record:
         from selfsup import results
 
-        command = f"python -m benchmarks {' '.join(options.names)} --record {options.record}"
+        command = shlex.join(
+            ["python", "-m", "benchmarks", *options.names, "--record", options.record]
+        )
         seconds = time.monotonic() - started
         name = f"bench-{options.record}"
         results.record(name, command=command, seeds=[0], seconds=seconds, scores=scores)

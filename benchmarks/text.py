@@ -4,49 +4,20 @@ Both sides of a ratio have the same shape, batch, precision and threads; each is
 timed by turns, and the best of three is taken.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 
+from benchmarks.timing import Pair, best_rates, stepper, turn
 from selfsup.batch import Vocabulary
 from selfsup.methods.generative.causal_language import CausalLanguage
 from selfsup.methods.generative.causal_language import Config as CausalConfig
 from selfsup.methods.generative.masked_language import Config as MaskedConfig
 from selfsup.methods.generative.masked_language import MaskedLanguage
 from selfsup.models.transformer import Config, TransformerEncoder
-from selfsup.training.device import autocast, pick_dtype
-from selfsup.training.optim import adamw, clip_gradient
-
-Pair = tuple[float, float, str]
-
-
-def best_rates(ours: Callable[[], None], peer: Callable[[], None], amount: int) -> list[float]:
-    """Amount per second of both, timed by turns: best of three after a warm-up."""
-    best = [float("inf")] * 2
-    for turn in range(4):
-        for place, step in enumerate((ours, peer)):
-            started = time.perf_counter()
-            for _ in range(3 if turn else 1):
-                step()
-            if turn:
-                best[place] = min(best[place], (time.perf_counter() - started) / 3)
-    return [amount / seconds for seconds in best]
-
-
-def stepper(objective, optimizer, loss: Callable[[], torch.Tensor], dtype: torch.dtype):
-    """One optimizer step as a function."""
-
-    def step() -> None:
-        with autocast(torch.device("cpu"), dtype):
-            value = loss()
-        value.backward()
-        clip_gradient(objective, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+from selfsup.training.device import pick_dtype
+from selfsup.training.optim import adamw
 
 
 def masked(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pair:
@@ -66,16 +37,22 @@ def masked(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pa
     labels = torch.where(torch.rand(tokens.shape, generator=generator) < 0.15, tokens, -100)
     corrupted = torch.where(labels >= 0, 4, tokens)
     rates = best_rates(
-        stepper(ours, _adamw(ours), lambda: ours.loss({"tokens": tokens}, generator).loss, dtype),
-        stepper(
-            peer,
-            torch.optim.AdamW(peer.parameters(), lr=1e-4),
-            lambda: peer(input_ids=corrupted, labels=labels).loss,
-            dtype,
+        turn(
+            stepper(
+                ours, _adamw(ours), lambda: ours.loss({"tokens": tokens}, generator).loss, dtype
+            )
+        ),
+        turn(
+            stepper(
+                peer,
+                torch.optim.AdamW(peer.parameters(), lr=1e-4),
+                lambda: peer(input_ids=corrupted, labels=labels).loss,
+                dtype,
+            )
         ),
         tokens.numel(),
     )
-    return rates[0], rates[1], f"tokens/s, {str(dtype).removeprefix('torch.')}"
+    return *rates, f"tokens/s, {str(dtype).removeprefix('torch.')}"
 
 
 def causal(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pair:
@@ -93,16 +70,22 @@ def causal(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pa
     shape = {"n_embd": dim, "n_layer": layers, "n_head": dim // 64, "n_positions": time_}
     peer = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape)).train()
     rates = best_rates(
-        stepper(ours, _adamw(ours), lambda: ours.loss({"tokens": tokens}, generator).loss, dtype),
-        stepper(
-            peer,
-            torch.optim.AdamW(peer.parameters(), lr=1e-4),
-            lambda: peer(input_ids=tokens, labels=tokens).loss,
-            dtype,
+        turn(
+            stepper(
+                ours, _adamw(ours), lambda: ours.loss({"tokens": tokens}, generator).loss, dtype
+            )
+        ),
+        turn(
+            stepper(
+                peer,
+                torch.optim.AdamW(peer.parameters(), lr=1e-4),
+                lambda: peer(input_ids=tokens, labels=tokens).loss,
+                dtype,
+            )
         ),
         tokens.numel(),
     )
-    return rates[0], rates[1], f"tokens/s, {str(dtype).removeprefix('torch.')}"
+    return *rates, f"tokens/s, {str(dtype).removeprefix('torch.')}"
 
 
 def _adamw(objective) -> torch.optim.Optimizer:
@@ -126,11 +109,11 @@ def tokenization() -> Pair:
     peer = tokenizers.Tokenizer.from_str(ours.to_json())
     amount = sum(map(len, texts))
     rates = best_rates(
-        lambda: ours.encode(texts) and None,
-        lambda: peer.encode_batch(texts, add_special_tokens=False) and None,
+        turn(lambda: ours.encode(texts)),
+        turn(lambda: peer.encode_batch(texts, add_special_tokens=False)),
         amount,
     )
-    return rates[0], rates[1], "characters/s"
+    return *rates, "characters/s"
 
 
 BENCHMARKS: dict[str, Callable[[], Pair]] = {

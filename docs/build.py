@@ -7,6 +7,11 @@ In a page, the table of a result stands between two comments:
 
     <!-- result: NAME -->
     <!-- end -->
+
+and one table of several probes, a row for each, between these:
+
+    <!-- probes: NAME NAME ... -->
+    <!-- end -->
 """
 
 import json
@@ -18,19 +23,51 @@ from selfsup.report.evidence import arm_name, interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-BLOCK = re.compile(r"(<!-- result: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (result|probes): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PAGES = ("README.md", "README.zh.md", "docs/results.md")
 
 
 def table(name: str) -> str:
     """The Markdown table of one result, with the command and the machine that made it."""
-    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    result = read(name)
     rows = comparison(result) if "label_counts" in result else numbers(result["scores"])
+    return f"{rows}\n\n{source(result)}\n"
+
+
+def read(name: str) -> dict:
+    """What `--record NAME` wrote."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source(result: dict) -> str:
+    """The commands and the machine that made a result."""
     machine = result["machine"]
     place = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} thread(s)"
     seeds = ", ".join(map(str, result["seeds"]))
-    source = f"`{result['command']}`, seeds {seeds}, {result['seconds']:.0f} s on {place}, "
-    return f"{rows}\n\n{source}torch {result['versions']['torch']}, {result['date']}.\n"
+    made = result.get("pretraining")
+    before = f"`{made['command']}` ({made['seconds']:.0f} s), then " if made else ""
+    command = f"{before}`{result['command']}`, seeds {seeds}, {result['seconds']:.0f} s"
+    return f"{command} on {place}, torch {result['versions']['torch']}, {result['date']}."
+
+
+def probes(names: list[str]) -> str:
+    """Pre-trained features of several runs, then the references, which are the same for all."""
+    results = {name: read(name) for name in names}
+    keys = list(dict.fromkeys(key for r in results.values() for key in r["scores"]["pretrained"]))
+    rows = {name: r["scores"]["pretrained"] for name, r in results.items()}
+    for name, result in results.items():
+        for reference, scores in result["scores"].items():
+            if reference != "pretrained" and scores not in rows.values():
+                taken = f"{reference} ({name})" if reference in rows else reference
+                rows[taken] = scores
+    lines = [f"| | {' | '.join(keys)} |", f"|---|{'---|' * len(keys)}"]
+    for name, scores in rows.items():
+        cells = [f"{scores[key]:.3f}" if key in scores else "" for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sources = "\n".join(f"- {source(result)}" for result in results.values())
+    return (
+        "\n".join(lines) + f"\n\n<details><summary>Commands</summary>\n\n{sources}\n\n</details>\n"
+    )
 
 
 def comparison(result: dict) -> str:
@@ -64,7 +101,12 @@ def numbers(scores: dict) -> str:
 
 def built(text: str) -> str:
     """A page with its tables made anew."""
-    return BLOCK.sub(lambda m: f"{m[1]}{table(m[2])}{m[3]}", text)
+
+    def made(found: re.Match[str]) -> str:
+        head, kind, names, tail = found.groups()
+        return head + (table(names) if kind == "result" else probes(names.split())) + tail
+
+    return BLOCK.sub(made, text)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """What many test files share: a small corpus, its recipes, its runs, and quick real processes."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -236,3 +237,45 @@ def launch(corpus, tmp_path_factory) -> Iterator[Callable[..., Child]]:
     with server:
         yield launch
         server.stdin.close()
+
+
+# Imports once, for most of the time goes there, and forks before torch has any threads.
+TWO_RANKS = """
+import os, runpy, sys
+import torch
+path, name, folder = sys.argv[1:]
+results_of = runpy.run_path(path)[name]
+child = os.fork()
+rank = int(child == 0)
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+)
+torch.save(results_of(rank), f"{folder}/{rank}.pt")
+torch.distributed.destroy_process_group()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
+"""
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(tmp_path_factory) -> Callable[[Callable[[int], object]], list]:
+    """Runs a function of a test file in two processes that talk: what it gave on rank 0 and 1.
+
+    Its results are tensors in lists and dictionaries.
+    """
+
+    def run(function: Callable[[int], object]) -> list:
+        import torch
+
+        folder = tmp_path_factory.mktemp("ranks")
+        names = (inspect.getfile(function), function.__name__, str(folder))
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", TWO_RANKS, *names],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+    return run

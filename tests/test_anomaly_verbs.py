@@ -10,6 +10,7 @@ from PIL import Image
 from selfsup import api
 from selfsup.config import read_toml
 from selfsup.errors import ConfigError
+from selfsup.evaluation.anomaly import histogram
 from selfsup.randomness import numpy_generator
 
 RECIPE = """
@@ -83,6 +84,54 @@ def test_evaluate_prints_a_line_per_detector(folder, selfsup, method, tmp_path, 
     ours = scores["reconstruction error"]
     assert ours["auroc"] > 0.9
     assert ours["normals_flagged"] < 0.1 < ours["anomalies_caught"]
+
+
+def test_evaluate_leaves_what_the_report_draws(folder, selfsup, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "autoencoder", run)
+    scores = api.evaluate(run, folder / "test.csv", {"label": "state"})
+    found = json.loads((run / "anomaly.json").read_text())
+    assert found["scores"] == scores
+    assert (found["normal"], found["normals"], found["anomalies"]) == ("ok", 100, 40)
+    assert list(found["histograms"]) == DETECTORS
+    for name, drawn in found["histograms"].items():
+        edges, threshold = np.array(drawn["edges"]), drawn["threshold"]
+        assert (np.diff(edges) > 0).all()
+        assert edges[0] <= threshold <= edges[-1]
+        for part, count, key in (
+            ("normal", 100, "normals_flagged"),
+            ("abnormal", 40, "anomalies_caught"),
+        ):
+            counts = np.array(drawn[part])
+            assert counts.sum() == count
+            above = counts[edges[:-1] >= threshold].sum() / count
+            here = counts[(edges[:-1] < threshold) & (edges[1:] > threshold)].sum() / count
+            assert above <= scores[name][key] + 1e-9 <= above + here + 2e-9
+    threshold = read_toml(run / "run.toml")["anomaly"]["threshold"]
+    assert found["histograms"]["reconstruction error"]["threshold"] == pytest.approx(threshold)
+    assert selfsup("report", run).code == 0
+    html = (run / "report.html").read_text()
+    assert "Normal items and anomalies" in html
+    assert "isolation forest" in html
+
+
+def test_scores_far_apart_are_counted_on_a_logarithmic_scale():
+    strange = np.array([False] * 4 + [True])
+    found = histogram(np.array([0.0, 1e-9, 0.5, 0.9, 1000.0]), strange, 1.0)
+    assert found["log"]
+    edges = np.array(found["edges"])
+    assert (edges[0], edges[-1]) == (pytest.approx(1e-3), pytest.approx(1000))
+    assert np.ptp(np.log(edges[1:] / edges[:-1])) < 1e-9
+    assert (found["normal"][0], sum(found["normal"])) == (2, 4)
+    assert (found["abnormal"][-1], sum(found["abnormal"])) == (1, 1)
+
+
+@pytest.mark.parametrize("scores", [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0], [-3.0, -0.5, -1.0]])
+def test_equal_and_negative_scores_have_a_histogram(scores):
+    found = histogram(np.array(scores), np.array([False, True, True]), scores[0])
+    assert not found["log"]
+    assert (sum(found["normal"]), sum(found["abnormal"])) == (1, 2)
+    assert found["edges"][0] < found["edges"][-1]
 
 
 def test_the_normal_label_can_be_turned_round(folder):

@@ -146,7 +146,8 @@ def test_the_report_shows_pictures_and_probes(picture_run, photos, selfsup, tmp_
     assert [panel["title"] for panel in panels] == ["Views", "Nearest neighbours"]
     for panel in panels:
         assert [len(row) for row in panel["rows"]] == [8] * 6
-    first = Image.open(io.BytesIO(base64.b64decode(panels[0]["rows"][0][0].partition(",")[2])))
+    png = panels[0]["rows"][0][0]["png"].partition(",")[2]
+    first = Image.open(io.BytesIO(base64.b64decode(png)))
     assert first.size == (12, 12)
     assert selfsup("report", run).code == 0
     assert "Frozen features" not in (run / "report.html").read_text()
@@ -154,7 +155,7 @@ def test_the_report_shows_pictures_and_probes(picture_run, photos, selfsup, tmp_
     assert answer.code == 0, answer.err
     assert selfsup("report", run).code == 0
     html = (run / "report.html").read_text()
-    assert html.count('<img alt="" src="data:image/png;base64,') == 2 * 6 * 8
+    assert html.count('src="data:image/png;base64,') == 2 * 6 * 8
     assert "Frozen features" in html
     assert "40 test examples" in html
     assert "filled blanks" not in html, "pictures have none: nothing to ask for"

@@ -13,8 +13,9 @@ from selfsup import config as configuration
 from selfsup import console, environment, registry
 from selfsup.config import run_config, run_values
 from selfsup.errors import CheckpointError, ConfigError, nearest
-from selfsup.evaluation import anomaly, detectors, frozen, showcase
+from selfsup.evaluation import anomaly, detectors, frozen, frozen_forecasts, showcase
 from selfsup.evaluation import compare as comparison
+from selfsup.evaluation.across_groups import probe_across_groups
 from selfsup.evaluation.adapt import answers, default_training, fit, new_task
 from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
@@ -209,7 +210,7 @@ def evaluate(
     columns: Columns | None = None,
     normal: str | None = None,
 ) -> dict[str, Any]:
-    """Scores a run on data it was not trained on.
+    """Scores a run on data it was not trained on; anomalies also go to anomaly.json in the run.
 
     Args:
         run: a pre-trained run: held-out loss and perplexity; or a fine-tuned one: its metrics.
@@ -225,7 +226,9 @@ def evaluate(
     model, columns = load_model(run), columns or {}
     fine_tuned = isinstance(model.objective, Task)
     if normal is not None or ("label" in columns and not fine_tuned):
-        return detectors.evaluate(model, run, data, columns, normal)
+        found = detectors.evaluate(model, run, data, columns, normal)
+        write_json(Path(run) / "anomaly.json", {**found, "command": environment.command_line()})
+        return found["scores"]
     if fine_tuned:
         return _evaluate_task(model, data, columns)
     values = configuration.read_toml(Path(run) / "run.toml")
@@ -320,7 +323,10 @@ def probe(
     columns: Columns | None = None,
     max_length: int | None = None,
     across: bool = False,
-    shots: int = 0,
+    folds: int = 0,
+    shots: int = 1,
+    horizon: int = 0,
+    splits: str = "",
 ) -> dict[str, Any]:
     """Measures frozen features: weighted kNN and a linear probe; writes probe.json into the run.
 
@@ -329,15 +335,19 @@ def probe(
 
     Args:
         run: a pre-trained run.
-        task: classification or regression.
-        data: labelled training file.
+        task: classification, regression, or forecasting with a `masked_series` run.
+        data: labelled training file; for forecasting one table, and no other file.
         valid: labelled validation file that chooses the probes' settings; by default split off.
         test: labelled test file; by default split off `data`.
         columns: as for `finetune`.
         max_length: as for `finetune`.
         across: leave out one group (a speaker, say) at a time instead of `valid` and `test`; also
-            gives `eer`, the equal error rate of telling groups apart.
-        shots: with `across`, labelled examples of each class and group; 0: all.
+            gives `few` and `eer`, the equal error rate of telling groups apart.
+        folds: with `across`, parts that the groups are dealt to; 0: one for each group.
+        shots: with `across`, labelled examples of each class and group for `few`.
+        horizon: rows to forecast; 0: 96.
+        splits: which rows of the table to fit, to choose and to score: ett, shares or numbers of
+            rows; "": as the run was split.
 
     Returns:
         what the file holds: `scores` by features and probe.
@@ -347,10 +357,18 @@ def probe(
     if isinstance(model.objective, Task):
         raise CheckpointError(f"{run} is fine-tuned already; probe needs a pre-trained run")
     kind = model.values["data"]["name"]
-    if across:
+    if task != "forecasting" and (horizon or splits):
+        raise ConfigError("horizon and splits are for --task forecasting")
+    sizes: dict[str, Any]
+    if task == "forecasting":
+        if valid or test or columns or max_length or across:
+            raise ConfigError("forecasting reads one table: it takes data, horizon and splits")
+        scores, sizes = frozen_forecasts.probe(run, model, data, horizon or 96, splits)
+    elif across:
         read = registry.module_of(registry.DATA, "data", kind).read_labels
         labelled = read(data, task, **(columns or {}))
-        scores = probe_across_groups(model, model.untrained_encoder(), labelled, max_length, shots)
+        fresh = model.untrained_encoder()
+        scores = probe_across_groups(model, fresh, labelled, max_length, folds, shots)
         sizes = {"test_size": len(labelled), "groups": len(set(labelled.groups)), "shots": shots}
     else:
         labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))

@@ -151,11 +151,14 @@ def _add_training_verbs(parsers: Any) -> None:
         verbs.probe,
         "see what frozen features are worth: kNN and linear probe, beside an untrained network",
         "  selfsup probe runs/photos --data train.parquet --test test.parquet\n"
-        "  selfsup probe runs/speech --data wavs/ --across-groups --shots 1 \\\n"
-        "      --label '(?P<label>\\d)_(?P<group>[a-z]+)_'",
+        "  selfsup probe runs/speech --data wavs/ --across-groups \\\n"
+        "      --label '(?P<label>\\d)_(?P<group>[a-z]+)_'\n"
+        "  selfsup probe runs/load --task forecasting --data load.csv --horizon 24",
     )
     p.add_argument("model", help="a pre-trained run folder")
-    p.add_argument("--task", default="classification", help="classification (default), regression")
+    p.add_argument(
+        "--task", default="classification", help="classification (default), regression, forecasting"
+    )
     p.add_argument("--data", required=True, help="labelled file or folder that fits the probes")
     p.add_argument("--valid", help="labelled data that choose their settings (default: split off)")
     p.add_argument("--test", help="labelled data that are scored once (default: split off)")
@@ -163,7 +166,15 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument(
         "--across-groups", action="store_true", help="leave out one group (a speaker) at a time"
     )
-    p.add_argument("--shots", type=int, default=0, help="labels per class and group; 0: all")
+    p.add_argument("--folds", type=int, default=0, help="parts of the groups (one for each group)")
+    p.add_argument("--shots", type=int, default=1, help="labels per class and group, for `few` (1)")
+    p.add_argument("--horizon", type=int, default=0, help="rows to forecast (96)")
+    p.add_argument(
+        "--splits",
+        default="",
+        metavar="ett|SHARES|ROWS",
+        help="rows to fit, to choose and to score forecasts: 0.7,0.1,0.2 (default: the run's)",
+    )
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
 
@@ -273,10 +284,12 @@ def _add_looking_verbs(parsers: Any) -> None:
         "doctor",
         verbs.doctor,
         "check the installation, a data folder or a run",
-        "  selfsup doctor\n  selfsup doctor texts/\n  selfsup doctor runs/mine",
+        "  selfsup doctor\n  selfsup doctor photos/\n  selfsup doctor load.csv --kind series\n"
+        "  selfsup doctor runs/mine",
     )
     p.add_argument("path", nargs="?", help="data or a run folder")
     p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument("--kind", help="text, image, audio, table or series (default: guessed)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from selfsup import environment
-from selfsup.errors import CheckpointError, DataError
+from selfsup.errors import CheckpointError, ConfigError, nearest
 
 
-def examine(path: str | None, text_column: str = "text") -> Iterator[str]:
+def examine(path: str | None, text_column: str = "text", kind: str | None = None) -> Iterator[str]:
     """One line per finding.
 
     Args:
         path: a run folder, or data; None: the installation.
         text_column: where the text is, in data with columns.
+        kind: of the data: text, image, audio, table or series; None: guessed.
 
     Raises:
-        DataError: the data cannot be read.
+        DataError: the data cannot be read, or too much of them cannot be used.
+        ConfigError: another kind.
         CheckpointError: the run is damaged.
     """
     if path is None:
@@ -26,7 +28,7 @@ def examine(path: str | None, text_column: str = "text") -> Iterator[str]:
     elif (Path(path) / "run.toml").is_file() or (Path(path) / "checkpoints").is_dir():
         yield from _run(Path(path))
     else:
-        yield from _data(path, text_column)
+        yield from _data(path, text_column, kind)
 
 
 def _installation() -> Iterator[str]:
@@ -53,28 +55,29 @@ def _installation() -> Iterator[str]:
     yield f"{'torch':<14} {'computes' if total == 8 else 'gives wrong sums'}"
 
 
-def _data(path: str, text_column: str) -> Iterator[str]:
-    from selfsup.data.reading import documents
+def _data(path: str, text_column: str, kind: str | None) -> Iterator[str]:
+    from selfsup.data import examination, table_examination
 
-    count = characters = empty = 0
-    digests: set[int] = set()
-    duplicates = 0
-    last = -1
-    for document in documents(path, text_column=text_column):
-        characters += len(document.text)
-        if document.number != last:
-            count, last = count + 1, document.number
-            digest = hash(document.text)
-            duplicates += digest in digests
-            digests.add(digest)
-            empty += not document.text.strip()
-    if count == empty:
-        raise DataError(f"{path}: {count} documents, all empty")
-    yield f"{'readable':<14} yes, all of it"
-    yield f"{'documents':<14} {count:,}"
-    yield f"{'empty':<14} {empty:,}"
-    yield f"{'duplicates':<14} {duplicates:,}"
-    yield f"{'characters':<14} {characters:,} (about {characters // 4:,} tokens of English)"
+    if kind not in (None, *examination.KINDS):
+        raise ConfigError(f"--kind {kind}: unknown{nearest(str(kind), examination.KINDS)}")
+    said = f"{kind}, as given"
+    if kind is None:
+        kind, reason = examination.guess_kind(path, text_column)
+        said = f"{kind}, {reason}; for another one say --kind"
+    if kind == "text":
+        lines = examination.examine_text(path, text_column)
+    elif kind == "image":
+        lines = examination.examine_images(path)
+    elif kind == "audio":
+        lines = examination.examine_sounds(path)
+    elif kind == "table":
+        lines = table_examination.examine_tables(path)
+    else:
+        lines = table_examination.examine_series(path)
+    first = next(lines)  # what cannot be read at all ends here, before anything is said
+    yield f"{'kind':<14} {said}"
+    yield first
+    yield from lines
 
 
 def _run(path: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
@@ -95,6 +95,59 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, batch: Batch) -> Tensor:
         """The inputs as the model rebuilds them, (batch, ...), on the standardised scale."""
+        ...
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A method whose model can draw new inputs."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """New inputs, (count, ...), on the standardised scale."""
+        ...
+
+
+@runtime_checkable
+class Interpolates(Protocol):
+    """A method whose model has inputs between two others."""
+
+    def interpolate(self, batch_a: Batch, batch_b: Batch, steps: int) -> Tensor:
+        """From each input of `batch_a` to that of `batch_b`, both ends as the model rebuilds them.
+
+        (batch, steps, ...), on the standardised scale.
+        """
+        ...
+
+
+class Restoration(NamedTuple):
+    """A sequence with parts hidden, and what a model says stood there.
+
+    Attributes:
+        hidden: True where the model saw nothing; never where padded.
+        restored: what the model says of every place, on the scale of the batch.
+
+    `time` leaves out a rest at the end that fills no position of the model.
+    """
+
+    hidden: Bool[Tensor, "batch time channel"]
+    restored: Float[Tensor, "batch time channel"]
+
+
+@runtime_checkable
+class Restores(Protocol):
+    """A method that hides parts of a sequence (frames, series) and restores them."""
+
+    def restore(self, batch: Batch, generator: torch.Generator) -> Restoration:
+        """Hides as much as in training, and restores it."""
+        ...
+
+
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A method that predicts each place of a sequence from the places up to some steps before."""
+
+    def look_ahead(self, batch: Batch) -> tuple[Float[Tensor, "batch time channel"], int]:
+        """The sequence as predicted, and the steps; the first so many places are as given."""
         ...
 
 

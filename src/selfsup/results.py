@@ -71,15 +71,17 @@ def record_comparison(name: str, result: dict[str, Any]) -> None:
 
 
 def record_probe(name: str, run: str, result: dict[str, Any]) -> None:
-    """Records probes in docs/results."""
-    seed = read_toml(Path(run) / "run.toml")["training"]["seed"]
+    """Records probes in docs/results, and how the run was pre-trained."""
+    values = read_toml(Path(run) / "run.toml")
+    speed = [json.loads(line) for line in (Path(run) / "speed.jsonl").read_text().splitlines()]
     record(
         name,
         command=result["command"],
-        seeds=[seed],
+        seeds=[values["training"]["seed"]],
         seconds=result["seconds"],
         scores=result["scores"],
         test_size=result["test_size"],
+        pretraining={"command": values["command"]["line"], "seconds": speed[-1]["seconds"]},
     )
 
 

@@ -123,12 +123,16 @@ def probe(options: argparse.Namespace) -> None:
         columns=_columns(options),
         max_length=options.max_length,
         across=options.across_groups,
+        folds=options.folds,
         shots=options.shots,
+        horizon=options.horizon,
+        splits=options.splits,
     )
     if options.record:
         results.record_probe(options.record, options.model, result)
+    width = max(12, *map(len, result["scores"]))
     for name, scores in result["scores"].items():
-        print("\t".join([f"{name:<12}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
+        print("\t".join([f"{name:<{width}}", *(f"{k} {v:.4f}" for k, v in scores.items())]))
     console.say(f"next: selfsup report {options.model}")
 
 
@@ -282,5 +286,5 @@ def doctor(options: argparse.Namespace) -> None:
     """Prints one line per finding."""
     from selfsup import doctor
 
-    for line in doctor.examine(options.path, options.text):
+    for line in doctor.examine(options.path, options.text, options.kind):
         print(line)

@@ -250,6 +250,22 @@ def test_neighbours_of_one_folder_and_group_are_joined(tmp_path):
     assert len(rows) < 20
 
 
+def test_joined_in_random_order_files_keep_folder_and_group(tmp_path):
+    names = [f"{i:02}_{who}_0.wav" for i in range(12) for who in "ab"]
+    ramps(tmp_path / "in", names, size=900)
+    given = {"rate": RATE, "features": "waveform", "pattern": SPEAKERS, "join_seconds": 0.3}
+    config = Config(**given, min_seconds=0.1, valid_fraction=0.2, join_order="random")
+    prepared = prepare(config, tmp_path / "in", tmp_path / "cache")
+    rows = [numbers(row) for row in both_sides(prepared, "waveform")]
+    assert sorted(np.concatenate(rows)) == sorted(range(900 * 24))
+    files = [row[::900] // 900 for row in rows]
+    assert all(len(set(file % 2)) == 1 for file in files)  # one speaker
+    assert any((np.diff(file) < 0).any() for file in files)
+    again = prepare(config, tmp_path / "in", tmp_path / "other")
+    pairs = zip(rows, (numbers(row) for row in both_sides(again, "waveform")), strict=True)
+    assert all(np.array_equal(one, two) for one, two in pairs)
+
+
 def test_joined_examples_never_exceed_the_maximum(tmp_path):
     ramps(tmp_path / "in", [f"{i:02}.wav" for i in range(12)], size=2000)
     config = Config(rate=RATE, features="waveform", join_seconds=0.6, max_seconds=0.6)

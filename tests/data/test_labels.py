@@ -11,7 +11,15 @@ import zstandard
 from pyarrow import parquet
 
 from selfsup.data.labelled_text import LabelledText, read
-from selfsup.data.labels import Labelled, split, subset
+from selfsup.data.labels import (
+    Labelled,
+    check_known,
+    finite_number,
+    label_numbers,
+    names_of,
+    split,
+    subset,
+)
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 
@@ -378,3 +386,35 @@ def test_gpt_rows_have_no_margin():
 def test_rows_need_room(tokenizer):
     with pytest.raises(ConfigError, match="at least 5"):
         LabelledText(toy(["0"]), tokenizer, 4)
+
+
+# What every kind of data checks
+
+
+def test_a_label_that_the_training_data_do_not_have():
+    check_known("film", ("book", "film"), "a.csv:3")
+    message = (
+        r"^a\.csv:3: label 'flim' \(of 7\) is not among the training labels; did you mean 'film'"
+    )
+    with pytest.raises(DataError, match=message):
+        check_known("flim", ("book", "film"), "a.csv:3", " (of 7)")
+
+
+def test_numbers_of_regression():
+    assert finite_number("-1e-3", "a.csv:3") == -0.001
+    for text in ("inf", "nan", "x", ""):
+        with pytest.raises(DataError, match=rf"^a:3: 'y' must be a finite number, got '{text}'$"):
+            finite_number(text, "a:3", "'y'")
+
+
+def test_names_and_numbers_of_training_labels():
+    assert names_of(iter(["10", "2", "b", "2"]), "classification", "a") == ("2", "10", "b")
+    assert names_of([0.5, 1.0], "regression", "a") == ()
+    with pytest.raises(DataError, match=r"^a: every label is 'x'; tagging needs at least two"):
+        names_of(["x", "x"], "tagging", "a")
+    films = Labelled("classification", ["a", "b"], ["x", "2"], ("2", "x"), "a")
+    assert label_numbers(films).tolist() == [1, 0]
+    assert label_numbers(films).dtype == np.int64
+    prices = Labelled("regression", ["a", "b"], [0.25, 3.0], (), "a")
+    assert label_numbers(prices).tolist() == [0.25, 3.0]
+    assert label_numbers(prices).dtype == np.float64

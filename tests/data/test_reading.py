@@ -11,7 +11,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from selfsup.data.reading import PART_CHARS, Document, HubDataset, documents, resolve
+from selfsup.data.reading import PART_CHARS, Document, documents, resolve
+from selfsup.data.sources import HubDataset
 from selfsup.errors import DataError
 
 TEXTS = [

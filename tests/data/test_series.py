@@ -151,12 +151,13 @@ def test_shares_are_rounded_as_in_the_published_benchmarks():
 def test_splits_are_standardised_by_the_training_rows(tmp_path):
     rows = values(50)
     path = write(tmp_path, "a.csv", csv_of(rows))
-    parts = splits(Config(split_rows=(20, 10, 15)), path)
+    columns, parts = splits(Config(split_rows=(20, 10, 15)), path)
+    assert columns == ("step", "load")
     assert [len(parts[name]) for name in ("train", "valid", "test")] == [20, 10, 15]
     mean, std = rows[:20].mean(0), rows[:20].std(0)
     joined = np.concatenate([parts["train"], parts["valid"], parts["test"]])
     np.testing.assert_allclose(joined, (rows[:45] - mean) / std, atol=1e-6)
-    raw = splits(Config(split_rows=(20, 10, 15), standardise=False), path)
+    _, raw = splits(Config(split_rows=(20, 10, 15), standardise=False), path)
     assert np.array_equal(raw["test"], rows[30:45].astype(np.float32))
 
 

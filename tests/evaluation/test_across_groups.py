@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from selfsup.evaluation.across_groups import left_out_scores
+from selfsup.errors import DataError
+from selfsup.evaluation.across_groups import left_out_mix, left_out_scores, within_groups
 from selfsup.randomness import numpy_generator
 
 
@@ -17,22 +18,43 @@ def items(strength_of_class: float, strength_of_group: float, seed: int = 0):
 
 
 def test_a_class_that_is_the_same_in_all_groups_is_found_in_a_new_one():
-    scores = left_out_scores(*items(8.0, 0.0), shots=0, seed=0)
+    features, labels, groups = items(8.0, 0.0)
+    scores = left_out_scores(features, labels, groups)
     assert scores["linear"] > 0.95
     assert scores["knn"] > 0.95
-    assert scores["eer"] == pytest.approx(0.5, abs=0.1), "nothing tells groups apart"
+    eer = within_groups(features, labels, groups, 1, seed=0)["eer"]
+    assert eer == pytest.approx(0.5, abs=0.1), "nothing tells groups apart"
 
 
 def test_features_of_the_group_alone_say_nothing_of_the_class_but_verify_the_group():
-    scores = left_out_scores(*items(0.0, 8.0), shots=0, seed=0)
-    assert scores["linear"] < 0.5
-    assert scores["eer"] < 0.25
+    features, labels, groups = items(0.0, 8.0)
+    assert left_out_scores(features, labels, groups)["linear"] < 0.5
+    assert within_groups(features, labels, groups, 1, seed=0)["eer"] < 0.25
 
 
-def test_one_shot_reads_one_item_of_each_class_and_group():
+def test_a_left_out_group_says_nothing_to_its_own_probe():
+    """Labels of one group are turned round: the others tell them wrong, and it alone suffers."""
+    features, labels, groups = items(8.0, 0.0)
+    turned = np.where(groups == 3, (labels + 1) % 3, labels)
+    assert left_out_scores(features, turned, groups)["linear"] < 0.8
+    assert left_out_scores(features, labels, groups)["linear"] > 0.95
+
+
+def test_the_mix_finds_the_layer_that_knows_the_class():
+    knows, labels, groups = items(8.0, 0.0)
+    ignorant, _, _ = items(0.0, 3.0, seed=1)
+    assert left_out_mix(np.stack([ignorant, knows, ignorant], 1), labels, groups) > 0.9
+    assert left_out_mix(np.stack([ignorant, ignorant], 1), labels, groups) < 0.6
+
+
+def test_more_shots_are_worth_more_and_only_the_drawn_items_are_read():
     features, labels, groups = items(2.0, 0.0)
-    few, all_of_them = (left_out_scores(features, labels, groups, n, seed=0) for n in (1, 0))
-    assert few["linear"] < all_of_them["linear"]
-    # everything but the drawn items may be anything: only the test group is read beside them
-    assert few == left_out_scores(features, labels, groups, 1, seed=0)
-    assert few != left_out_scores(features, labels, groups, 1, seed=1)
+    one, four = (within_groups(features, labels, groups, n, seed=0)["few"] for n in (1, 4))
+    assert one < four
+    assert one == within_groups(features, labels, groups, 1, seed=0)["few"]
+    assert one != within_groups(features, labels, groups, 1, seed=1)["few"]
+
+
+def test_as_many_shots_as_items_leave_nothing_to_score():
+    with pytest.raises(DataError, match="12 labels of each class and group are all there are"):
+        within_groups(*items(1.0, 0.0), shots=12, seed=0)

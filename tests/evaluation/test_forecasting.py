@@ -44,14 +44,16 @@ def build(channels: int = 1) -> TransformerEncoder:
         return TransformerEncoder(config, spec)
 
 
-def slow_pairs(data: dict[str, np.ndarray], part: str) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def slow_pairs(
+    data: dict[str, np.ndarray], part: str, history: int = HISTORY
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """(channel, past, future) in the order of (window, channel), float64, by counting rows."""
     rows = np.concatenate([data["train"], data["valid"], data["test"]]).astype(np.float64)
     begin = {"train": 0, "valid": 280, "test": 330}[part]
-    first = begin + HISTORY if part == "train" else begin
+    first = begin + history if part == "train" else begin
     last = begin + len(data[part]) - HORIZON
     return [
-        (channel, rows[at - HISTORY : at, channel], rows[at : at + HORIZON, channel])
+        (channel, rows[at - history : at, channel], rows[at : at + HORIZON, channel])
         for at in range(first, last + 1)
         for channel in range(3)
     ]
@@ -108,6 +110,21 @@ def test_ridge_equals_scikit_learns():
             np.testing.assert_allclose(fitted.bias, expected.intercept_, rtol=1e-8)
 
 
+def test_each_feature_may_have_a_penalty_of_its_own():
+    rows = some_rows()
+    target, importance = (rows.future - rows.centre) / rows.scale, rows.scale[:, 0] ** 2
+    each = np.array([0.1, 3.0, 30.0, 1.0, np.inf, 7.0])
+    (fitted,) = fit_ridge([rows], [each])
+    read = [0, 1, 2, 3, 5]
+    narrow = rows.features[:, read] / np.sqrt(each[read])  # then one penalty of 1 is the same
+    expected = Ridge(1.0).fit(narrow, target, importance)
+    np.testing.assert_allclose(
+        fitted.weight[read], expected.coef_.T / np.sqrt(each[read])[:, None], rtol=1e-8, atol=1e-10
+    )
+    np.testing.assert_allclose(fitted.bias, expected.intercept_, rtol=1e-8)
+    assert not fitted.weight[4].any(), "it is not read"
+
+
 def test_errors_equal_a_loop():
     rows = some_rows(7)
     fitted = [Linear(np.full((6, 3), value), np.arange(3.0)) for value in (0.1, -0.2)]
@@ -137,26 +154,26 @@ def test_the_last_value():
     assert score.alphas == ()
 
 
-@pytest.mark.parametrize("lags", [0, 7])
+@pytest.mark.parametrize("lags", [HISTORY, 7, 20])
 def test_ridge_on_lags(lags):
     data = parts()
-    pairs = {
-        name: [(c, past[-lags:], future) for c, past, future in slow_pairs(data, name)]
-        for name in ("train", "valid", "test")
-    }
-    scores = forecast(None, data, COLUMNS, HISTORY, HORIZON, lags=lags, alphas=ALPHAS)
-    assert list(scores) == ["last value", "ridge on lags", "ridge on lags, by channel"]
+    pairs = {name: slow_pairs(data, name, lags) for name in ("train", "valid", "test")}
+    scores = forecast({}, data, COLUMNS, HISTORY, HORIZON, lags=[lags], alphas=ALPHAS)
+    names = [
+        f"ridge on {n} lags{kind}" for n in sorted({lags, 12}) for kind in ("", ", by channel")
+    ]
+    assert list(scores) == [*names, "last value"]
 
     def best(train: list, valid: list) -> float:
         errors = [slow_errors(sklearn_forecasts(train, valid, a), valid)[0] for a in ALPHAS]
         return ALPHAS[int(np.argmin(errors))]
 
-    shared = scores["ridge on lags"]
+    shared = scores[f"ridge on {lags} lags"]
     assert shared.alphas == (best(pairs["train"], pairs["valid"]),)
     guesses = sklearn_forecasts(pairs["train"], pairs["test"], shared.alphas[0])
     assert_scored(shared, guesses, pairs["test"])
 
-    apart = scores["ridge on lags, by channel"]
+    apart = scores[f"ridge on {lags} lags, by channel"]
     guesses = [np.empty(0)] * len(pairs["test"])
     for channel in range(3):
         train, valid, test = (
@@ -170,22 +187,23 @@ def test_ridge_on_lags(lags):
 
 def test_what_can_be_foreseen_is_foreseen():
     data = parts(noise=0.0)
-    scores = forecast(build(), data, COLUMNS, HISTORY, HORIZON, alphas=(1e-6, 1e-3))
-    assert scores["ridge on lags, by channel"].mse < 1e-4 < scores["last value"].mse
-    assert scores["ridge on features"].mse < 0.2 * scores["last value"].mse
+    scores = forecast({"net": build()}, data, COLUMNS, HISTORY, HORIZON, alphas=(1e-6, 1e-3))
+    assert scores["ridge on 12 lags, by channel"].mse < 1e-4 < scores["last value"].mse
+    assert scores["net"].mse < 0.2 * scores["last value"].mse
+    assert scores["net + lags"].mse < scores["net"].mse
 
 
 # Encoder
 
 
+@pytest.mark.parametrize("name", ["net", "net + lags"])
 @pytest.mark.parametrize("normalised", [True, False])
-def test_the_encoders_forecast_equals_a_slow_one(normalised):
+def test_the_encoders_forecast_equals_a_slow_one(normalised, name):
     data, encoder = parts(), build().train()
     scores = forecast(
-        *(encoder, data, COLUMNS, HISTORY, HORIZON),
+        *({"net": encoder}, data, COLUMNS, HISTORY, HORIZON),
         alphas=ALPHAS,
         instance_norm=normalised,
-        stride=3,
     )
     assert encoder.training, "the mode comes back"
     encoder.eval()
@@ -197,7 +215,9 @@ def test_the_encoders_forecast_equals_a_slow_one(normalised):
             mean, std = (past.mean(), math.sqrt(past.var() + 1e-5)) if normalised else (0.0, 1.0)
             series = torch.tensor((past - mean) / std).float().view(1, 10, 1)
             with torch.no_grad():
-                features.append(encoder({"series": series}).last.flatten().numpy())
+                hidden = encoder({"series": series}).last.flatten()
+            beside = series.flatten() if "lags" in name else series[0, :0, 0]
+            features.append((hidden.numpy(), beside.numpy()))
             centres.append(mean)
             scales.append(std)
         return features, centres, scales
@@ -205,23 +225,28 @@ def test_the_encoders_forecast_equals_a_slow_one(normalised):
     found = {}
     for part in ("train", "valid", "test"):
         pairs = slow_pairs(data, part)
-        if part == "train":  # every third window
-            pairs = [pair for i, pair in enumerate(pairs) if i // 3 % 3 == 0]
         found[part] = (pairs, *described(pairs))
     pairs, features, centres, scales = found["train"]
     targets = [
         (future - c) / s for (_, _, future), c, s in zip(pairs, centres, scales, strict=True)
     ]
+    (of_lags,) = scores["ridge on 12 lags"].alphas
+
+    def joined(seen: list, alpha: float) -> list[np.ndarray]:
+        """Lags are scaled so that `alpha` is to them what `of_lags` is to them unscaled."""
+        factor = math.sqrt(alpha / of_lags)
+        return [np.concatenate([hidden, beside * factor]) for hidden, beside in seen]
+
     guesses = {}
     for alpha in ALPHAS:
-        model = Ridge(alpha).fit(features, targets, np.square(scales))
+        model = Ridge(alpha).fit(joined(features, alpha), targets, np.square(scales))
         for part in ("valid", "test"):
             pairs, seen, *rest = found[part]
-            rows = zip(model.predict(seen), *rest, strict=True)
+            rows = zip(model.predict(joined(seen, alpha)), *rest, strict=True)
             guesses[alpha, part] = [c + s * linear for linear, c, s in rows]
     valid = [slow_errors(guesses[alpha, "valid"], found["valid"][0])[0] for alpha in ALPHAS]
     chosen = ALPHAS[int(np.argmin(valid))]
-    score = scores["ridge on features"]
+    score = scores[name]
     assert score.alphas == (chosen,)
     assert_scored(score, guesses[chosen, "test"], found["test"][0])
 
@@ -232,7 +257,7 @@ def test_the_future_does_not_leak_into_forecasts():
     changed = {**data, "test": data["test"].copy()}
     changed["test"][-1] += 100.0
     before, after = (
-        forecast(build(), some, COLUMNS, HISTORY, HORIZON, alphas=ALPHAS)
+        forecast({"net": build()}, some, COLUMNS, HISTORY, HORIZON, alphas=ALPHAS)
         for some in (data, changed)
     )
     for name, score in before.items():
@@ -249,9 +274,7 @@ def test_test_rows_decide_nothing():
     chosen = [
         {
             name: score.alphas
-            for name, score in forecast(
-                None, some, COLUMNS, HISTORY, HORIZON, alphas=ALPHAS
-            ).items()
+            for name, score in forecast({}, some, COLUMNS, HISTORY, HORIZON, alphas=ALPHAS).items()
         }
         for some in (data, shuffled)
     ]
@@ -263,10 +286,8 @@ def test_test_rows_decide_nothing():
 
 def test_wrong_use():
     data = parts()
-    with pytest.raises(ConfigError, match="lags = 13 reach further back than the history of 12"):
-        forecast(None, data, COLUMNS, HISTORY, HORIZON, lags=13)
     with pytest.raises(ConfigError, match=r"reads SeriesSpec\(channels=3, .* data\.independent"):
-        forecast(build(channels=3), data, COLUMNS, HISTORY, HORIZON)
+        forecast({"net": build(channels=3)}, data, COLUMNS, HISTORY, HORIZON)
     data["valid"][3, 1] = math.nan
     with pytest.raises(DataError, match="fill the missing values first"):
-        forecast(None, data, COLUMNS, HISTORY, HORIZON)
+        forecast({}, data, COLUMNS, HISTORY, HORIZON)

@@ -1,12 +1,9 @@
 """What every method promises, tested on each. A new method adds its cases to `CASES`: no more."""
 
-import subprocess
-import sys
 import threading
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -790,26 +787,6 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(case, tmp_path):
     assert metrics[0] == metrics[1]
 
 
-RANKS = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import test_contract as contract
-
-rank, folder = int(sys.argv[2]), Path(sys.argv[3])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-for number, case in enumerate(contract.STILL_CASES):
-    numbers = np.arange(8)[4 * rank : 4 * rank + 4]
-    found = contract.still_gradients(case, numbers)
-    contract.save_tensors(folder / f"{number}-{rank}.safetensors", found)
-dist.destroy_process_group()
-"""
-
-
 def still_gradients(case: Case, numbers: np.ndarray) -> dict[str, Tensor]:
     """Gradients of one training step's loss without randomness, and the items of the loss."""
     objective = build(case, case.still).train()
@@ -819,23 +796,22 @@ def still_gradients(case: Case, numbers: np.ndarray) -> dict[str, Tensor]:
     return {**gradients(objective), "weight": torch.tensor(float(output.weight))}
 
 
-@pytest.fixture(scope="session")
-def of_two_ranks(tmp_path_factory):
-    """The folder in which two processes left the gradients of every still case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    here = str(Path(__file__).parent)
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", RANKS, here, str(rank), str(folder)])
-        for rank in range(2)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    return folder
+def one_rank(rank: int) -> list[dict[str, Tensor]]:
+    """What each of two processes gives: the gradients of every still case for half the rows."""
+    numbers = np.arange(8)[4 * rank : 4 * rank + 4]
+    return [still_gradients(case, numbers) for case in STILL_CASES]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(on_two_ranks):
+    """By rank, the gradients of every still case."""
+    return on_two_ranks(one_rank)
 
 
 @pytest.mark.parametrize("number", range(len(STILL_CASES)), ids=[str(c) for c in STILL_CASES])
 def test_two_ranks_give_one_ranks_gradient(number, of_two_ranks):
     expected = still_gradients(STILL_CASES[number], np.arange(8))
-    parts = [load_tensors(of_two_ranks / f"{number}-{rank}.safetensors") for rank in range(2)]
+    parts = [dict(of_rank[number]) for of_rank in of_two_ranks]
     weights = [part.pop("weight") for part in parts]
     assert sum(weights) == expected.pop("weight")
     assert expected.keys() == parts[0].keys() == parts[1].keys()

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,11 +119,8 @@ def reduced_precision(x: Tensor, rows: slice) -> dict[str, Tensor]:
     }
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int) -> dict:
     """What each of the two processes runs."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
     results = {}
     for name, (shape, first) in CASES.items():
         rows = slice(0, first) if rank == 0 else slice(first, None)
@@ -140,34 +133,13 @@ def one_rank(rank: int, folder: str) -> None:
         "out": layer(draw(8, 5)[rank::2].float()).detach(),
         **layer.state_dict(),
     }
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-# Imports once, for most of the time goes there, and forks before torch has any threads.
-LAUNCH = """
-import os, runpy, sys
-one_rank = runpy.run_path(sys.argv[1])["one_rank"]
-child = os.fork()
-one_rank(int(child == 0), sys.argv[2])
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
-"""
+    return results
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> tuple[dict, dict]:
+def two_ranks(on_two_ranks) -> list[dict]:
     """The results of both processes."""
-    folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, __file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
-    return first, second
+    return on_two_ranks(one_rank)
 
 
 @pytest.mark.parametrize("affine", [True, False])

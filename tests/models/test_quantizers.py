@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -312,35 +309,13 @@ def after_steps(rows: slice) -> dict[str, Tensor]:
     return snapshot(quantizer)
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int) -> dict[str, Tensor]:
     """What each of the two processes runs."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    torch.save(after_steps(slice(6 * rank, 6 * rank + 6)), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return after_steps(slice(6 * rank, 6 * rank + 6))
 
 
-# Imports once, for most of the time goes there, and forks before torch has any threads.
-LAUNCH = """
-import os, runpy, sys
-one_rank = runpy.run_path(sys.argv[1])["one_rank"]
-child = os.fork()
-one_rank(int(child == 0), sys.argv[2])
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
-"""
-
-
-def test_the_codebook_is_equal_on_all_ranks_and_follows_the_vectors_of_all(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_the_codebook_is_equal_on_all_ranks_and_follows_the_vectors_of_all(on_two_ranks):
+    first, second = on_two_ranks(one_rank)
     expected = after_steps(slice(None))
     for name, tensor in expected.items():
         assert torch.equal(first[name], second[name]), name

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,46 @@ ARMS = {
     "scratch": {"50": [0.58, 0.59, 0.60], "300": [0.74, 0.75, 0.73]},
     "baseline": {"50": [0.65, 0.66, 0.67], "300": [0.78, 0.77, 0.79]},
 }
+PNG, WAV = "data:image/png;base64,AAAA", "data:audio/wav;base64,BBBB"
+SERIES = {
+    "name": EVIL,
+    "true": [0.0, 1.0, None, 2.0, 3.0],
+    "model": [None, 1.5, None, 2.5],
+    "hidden": [[1, 2], [3, 5]],
+}
+PANELS: list[dict[str, Any]] = [
+    {"title": EVIL, "lead": EVIL, "rows": [[{"png": PNG}, {"png": "http://example.org/x.png"}]]},
+    {"title": "Of old", "rows": [[PNG, PNG]]},
+    {
+        "title": "Sounds",
+        "columns": ["left", EVIL],
+        "rows": [
+            [{"spectrogram": PNG, "wav": WAV}, {"wav": "http://example.org/x.wav"}],
+            [{"spectrogram": f'{PNG}" onload="{EVIL}'}, {"spectrogram": "javascript:0"}],
+        ],
+    },
+    {"title": "Series", "rows": [[{"series": SERIES}]]},
+]
+
+
+def anomaly(**main) -> dict[str, Any]:
+    """Detectors of anomalies: one on a logarithmic scale, one on a linear one."""
+    histogram = {
+        "edges": [0.01, 0.1, 1.0, 10.0],
+        "normal": [6, 2, 0],
+        "abnormal": [0, 1, 3],
+        "threshold": 0.5,
+        "log": True,
+    }
+    linear = histogram | {"edges": [0.0, 1.0, 2.0, 3.0], "threshold": 2.5, "log": False}
+    scores = {"average_precision": 0.75, "normals_flagged": 0.125, "anomalies_caught": 0.5}
+    return {
+        "scores": {"error": {"auroc": 0.987, **scores}, EVIL: {"auroc": 0.5, **scores}},
+        "histograms": {"error": histogram | main, EVIL: linear},
+        "data": EVIL,
+        "normals": 8,
+        "anomalies": 4,
+    }
 
 
 def write_compare(folder: Path, arms=ARMS, **more) -> Path:
@@ -74,6 +115,8 @@ def write_run(folder: Path, full: bool = True) -> Path:
     embeddings |= {"texts": [EVIL, "b", "c"], "projection": "PCA", "title": EVIL}
     (folder / "embeddings.json").write_text(json.dumps(embeddings))
     (folder / "warnings.json").write_text(json.dumps([EVIL]))
+    (folder / "pictures.json").write_text(json.dumps(PANELS))
+    (folder / "anomaly.json").write_text(json.dumps(anomaly()))
     return folder
 
 
@@ -103,9 +146,84 @@ def test_everything_from_files_is_escaped(page):
 
 
 def test_page_loads_nothing(page):
-    assert not re.search(r"(src|srcset|href)=\"(?!#|data:,)", page)
-    assert not re.search(r"url\(|@import|<(link rel=\"style|script|img|iframe|object)", page)
+    inside = r"#|data:,|data:image/png;base64,|data:audio/wav;base64,"
+    assert not re.search(rf"(src|srcset|href)=\"(?!{inside})", page)
+    assert not re.search(r"url\(|@import|<(link rel=\"style|script|iframe|object)", page)
     assert "http" not in re.sub(r"http://example\.org|http-equiv", "", page)
+
+
+def test_examples_stand_in_the_page_itself(page):
+    assert "img-src data:; media-src data:" in page
+    assert page.count(f'<img class="png" alt="" src="{PNG}">') == 3
+    assert page.count(f'<audio controls preload="metadata" src="{WAV}"></audio>') == 1
+    assert len(re.findall("<(?:img|audio)", page)) == 6
+    assert '" onload' not in page
+    assert "example.org/x" not in page
+    assert "javascript" not in page
+    assert '<div class="strip heads players"><div>left</div>' in page
+
+
+def test_series_show_what_was_hidden_and_what_the_model_says(page):
+    start = page.index('aria-label="A window of')
+    figure = page[start : page.index("</svg>", start)]
+    assert figure.count('class="band c0"') == 2
+    assert figure.count('class="line normal c6"') == 2  # a missing value parts the line
+    assert figure.count('class="line bold c0"') == 2
+
+
+def test_anomalies_show_a_histogram_and_detectors(page):
+    part = page[page.index('<section id="anomalies"') :]
+    part = part[: part.index("</section>")]
+    figures = re.findall(r"<svg viewBox=.{1,40}role=.*?</svg>", part, flags=re.S)
+    assert len(figures) == 3  # the first for two widths, and the other detector
+    for figure in figures:
+        assert figure.count("reference") == 1
+        assert ">threshold<" in figure
+    heights = re.search(r'class="line normal k0" d="M([^"]+)"', figures[0])[1].split("L")
+    assert len(heights) == 6  # three bins, the left and the right edge of each
+    ys = [float(point.split()[1]) for point in heights]
+    base = ys[-1]
+    assert (base - ys[0]) / (base - ys[2]) == pytest.approx(3, rel=0.01)  # 6 of 8 against 2 of 8
+    assert "(log scale)" in figures[0]
+    assert "(log scale)" not in figures[2]
+    assert "<td>0.125</td>" in part
+    assert '<td class="best">0.987</td>' in part
+    assert page.index('id="anomalies"') < page.index('id="training"')
+
+
+def test_the_best_features_are_marked_where_less_is_better_too(tmp_path):
+    folder = write_run(tmp_path / "run")
+    scores = {
+        "pretrained": {"linear": 0.7, "eer": 0.1},
+        "untrained": {"linear": 0.8, "eer": 0.3},
+        "raw input": {"linear": 0.6},
+    }
+    (folder / "probe.json").write_text(json.dumps({"scores": scores, "test_size": 3000}))
+    out = tmp_path / "page.html"
+    write_report([folder], out)
+    part = out.read_text()
+    part = part[part.index("Frozen features") :]
+    part = part[: part.index("</section>")]
+    assert re.findall(r"<td class=\"best\">(0\.\d+)", part) == ["0.100", "0.800"]
+
+
+def test_a_run_that_tells_anomalies_is_told_how_to_measure_it(tmp_path):
+    run = write_run(tmp_path / "rows", full=False)
+    (run / "run.toml").write_text(TOML + "[anomaly]\nthreshold = 1.0\n")
+    html = write_report([run], tmp_path / "out.html").read_text()
+    assert "(anomaly.json)" in html
+    (run / "anomaly.json").write_text(json.dumps(anomaly()))
+    assert "(anomaly.json)" not in write_report([run], tmp_path / "out.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [{"normal": [1, 2]}, {"edges": []}, {"threshold": None}, {"abnormal": [0, "<b>", 1]}]
+)
+def test_a_damaged_histogram_is_named(tmp_path, damage):
+    run = write_run(tmp_path / "first")
+    (run / "anomaly.json").write_text(json.dumps(anomaly(**damage)))
+    with pytest.raises(CheckpointError, match=r"anomaly\.json: histograms\.error"):
+        read_run(run)
 
 
 def test_figures_are_well_formed_and_every_class_has_a_style(page):

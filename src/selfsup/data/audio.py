@@ -35,7 +35,7 @@ from selfsup.data.dataset import Prepared
 from selfsup.data.labelled_audio import LabelledSounds
 from selfsup.data.labelled_audio import read_labels as read_labels
 from selfsup.data.labels import Labelled
-from selfsup.data.reading import Source
+from selfsup.data.sources import Source
 from selfsup.data.store import default_cache, source_fingerprint
 from selfsup.errors import ConfigError, DataError
 

@@ -42,6 +42,8 @@ class Config:
         pattern: regular expression that is searched in the path relative to the source, with named
             groups `label` and `group`, or one of them; only files of one `group` (a speaker, say)
             are joined.
+        join_order: "path": neighbours are joined; "random": any of one folder and group. Where
+            names begin with the class, neighbours are of one class, and joining would give it away.
     """
 
     rate: int = 16000
@@ -56,6 +58,7 @@ class Config:
     min_seconds: float = 0.1
     valid_fraction: float = 0.05
     pattern: str = ""
+    join_order: Literal["path", "random"] = "path"
 
     def __post_init__(self) -> None:
         for name in ("rate", "mel", "frame_ms", "hop_ms", "min_seconds"):

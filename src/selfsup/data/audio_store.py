@@ -16,13 +16,13 @@ import torch
 
 from selfsup import console
 from selfsup.batch import Batch
-from selfsup.data import reading
+from selfsup.data import sources
 from selfsup.data.audio_features import Config, Decoded, Features, collate, decode
 from selfsup.data.audio_files import WORKERS, Item, found_items, in_order
 from selfsup.data.bad_items import BadItems
 from selfsup.data.dataset import Dataset
 from selfsup.data.labels import class_order
-from selfsup.data.reading import HubDataset, Source
+from selfsup.data.sources import HubDataset, Source
 from selfsup.errors import DataError
 
 VERSION = 1
@@ -119,14 +119,16 @@ class _Example(NamedTuple):
 
 def source_name(source: Source) -> str:
     """The source as messages call it."""
-    sources = [source] if isinstance(source, reading.Item) else list(source)
-    return str(sources[0]) + ", ..." * (len(sources) > 1)
+    given = [source] if isinstance(source, sources.Item) else list(source)
+    return str(given[0]) + ", ..." * (len(given) > 1)
 
 
 def build_store(
     config: Config, found: dict[Path | HubDataset, str], folder: Path, name: str
 ) -> dict[str, Any]:
     """Writes both sides into `folder` and returns the facts."""
+    if config.join_seconds and config.join_order == "random":
+        found = _shuffled(found)
     tally, writer = _write(config, found, folder, name)
     if not all(writer.lengths.values()):  # few files: none, or all, fell on one side
         digests = sorted(set(tally.digests))
@@ -155,6 +157,17 @@ def build_store(
         "fingerprint": hashlib.sha256(np.array(tally.digests, "<u8").tobytes()).hexdigest(),
         "tokenizer": "",
     }
+
+
+def _shuffled(found: dict[Path | HubDataset, str]) -> dict[Path | HubDataset, str]:
+    """The same files, those of a folder in an order that says nothing of their names."""
+
+    def place(file: Path | HubDataset) -> tuple[str, bytes]:
+        if not isinstance(file, Path):
+            return "", b""
+        return str(file.parent), hashlib.sha256(found[file].encode()).digest()
+
+    return {file: found[file] for file in sorted(found, key=place)}
 
 
 def _write(

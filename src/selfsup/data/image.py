@@ -24,7 +24,7 @@ from selfsup.data.image_files import find, pictures
 from selfsup.data.image_store import StoreConfig, build_or_open
 from selfsup.data.labelled_image import LabelledImages, read_labels
 from selfsup.data.labels import Labelled
-from selfsup.data.reading import Source
+from selfsup.data.sources import Source
 from selfsup.data.store import default_cache
 from selfsup.errors import ConfigError, DataError
 

@@ -7,7 +7,6 @@
 | *-images-idx3-ubyte[.gz]       | a row of bytes, as in MNIST          | *-labels-idx1-ubyte[.gz] |
 """
 
-import glob
 import gzip
 import json
 import re
@@ -22,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from selfsup import console
-from selfsup.data.reading import HUB_PREFIX, HubDataset, Item, Source, resolve
+from selfsup.data import sources
+from selfsup.data.sources import HubDataset, Source, Wanted, class_folders, fetched, listed, opened
 from selfsup.errors import DataError, nearest
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -66,6 +65,15 @@ def kind_of(path: Path) -> str:
     return ("labels" if idx[1] == "1" else "idx") if idx else ""
 
 
+WANTED = Wanted(
+    what="picture",
+    known=KNOWN,
+    reads=lambda path: kind_of(path) not in ("", "labels"),
+    beside=lambda path: kind_of(path) == "labels",  # read together with their pictures
+    refusal=": not a file of pictures by its name; known:",
+)
+
+
 def find(source: Source, least_classes: int = 2) -> list[Found]:
     """The files and datasets that a source names, each once; a warning names what is passed over.
 
@@ -77,60 +85,23 @@ def find(source: Source, least_classes: int = 2) -> list[Found]:
     Raises:
         DataError: nothing is found, or a file has an unknown extension.
     """
-    items = [source] if isinstance(source, Item) else list(source)
-    found = [one for item in items for one in _find_one(item, least_classes)]
-    if not found:
-        raise DataError(f"no data: the list of sources is empty; give files ({KNOWN})")
-    unique: dict[Path | HubDataset, Found] = {}
-    for one in found:
-        unique.setdefault(one.place, one)
-    return list(unique.values())
+    found: dict[Path | HubDataset, Found] = {}
+    for item in listed(source, WANTED):
+        places = sources.find(item, WANTED)
+        labels: dict[Path | HubDataset, str] = {}
+        if not isinstance(item, HubDataset) and Path(item).expanduser().is_dir():
+            labels = _labels(places, least_classes)
+        for place in places:
+            found.setdefault(place, Found(place, labels.get(place)))
+    return list(found.values())
 
 
-def _find_one(item: Item, least_classes: int) -> list[Found]:
-    if isinstance(item, HubDataset) or str(item).startswith(HUB_PREFIX):
-        return [Found(place) for place in resolve(item)]
-    text, path = str(item), Path(item).expanduser()
-    if path.is_dir():
-        inside = (p for p in sorted(path.rglob("*")) if p.is_file())
-        visible = (p for p in inside if not any(s[0] == "." for s in p.relative_to(path).parts))
-        return _with_classes(path, _readable(visible, f"the folder {path}"), least_classes)
-    if path.exists():
-        if kind_of(path) in ("", "labels"):
-            raise DataError(f"{path}: not a file of pictures by its name; known: {KNOWN}")
-        return [Found(path)]
-    if glob.has_magic(text):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        files = (p for p in map(Path, matches) if p.is_file())
-        return [Found(p) for p in _readable(files, f"the pattern {text}")]
-    # what ends like a file is one, and not the name of a dataset
-    return [Found(p) for p in resolve(path.absolute() if kind_of(path) else item)]
-
-
-def _readable(paths: Iterable[Path], what: str) -> list[Path]:
-    known: list[Path] = []
-    other: list[Path] = []
-    for path in paths:
-        kind = kind_of(path)
-        if kind != "labels":  # read together with their pictures
-            (known if kind else other).append(path)
-    names = ", ".join(path.name for path in other[:5]) + (", ..." if len(other) > 5 else "")
-    if not known:
-        others = f"; it gives {len(other)} other files: {names}" if other else ""
-        raise DataError(f"{what} gives no picture; looked for {KNOWN}{others}")
-    if other:
-        console.warn(f"{what}: {len(other)} files are not read (unknown extension): {names}")
-    return known
-
-
-def _with_classes(folder: Path, paths: list[Path], least_classes: int) -> list[Found]:
-    parts = [path.relative_to(folder).parts for path in paths]
-    inside = all(
-        len(p) > 1 and kind_of(path) == "picture" for p, path in zip(parts, paths, strict=True)
-    )
-    if not inside or len({p[0] for p in parts}) < least_classes:
-        return [Found(path) for path in paths]
-    return [Found(path, p[0]) for path, p in zip(paths, parts, strict=True)]
+def _labels(
+    places: dict[Path | HubDataset, str], least_classes: int
+) -> dict[Path | HubDataset, str]:
+    """The classes of single pictures; files of many have labels of their own."""
+    single = all(isinstance(place, Path) and kind_of(place) == "picture" for place in places)
+    return class_folders(places, least_classes) if single else {}
 
 
 def num_pictures(found: list[Found]) -> int | None:
@@ -233,18 +204,9 @@ def _named(label: Any, names: list[str] | None) -> Any:
 
 
 def _hub(dataset: HubDataset, image_column: str, label_column: str) -> Iterator[Picture]:
-    what = f"no file or folder {dataset.name!r}, and the dataset {dataset}"
-    try:
+    with opened(dataset) as rows:
         import datasets
-        import fsspec
-    except ImportError as error:
-        raise DataError(
-            f"{what} needs the package `datasets`: pip install 'selfsup[hub]'"
-        ) from error
-    try:
-        rows = datasets.load_dataset(
-            dataset.name, dataset.config, split=dataset.split, streaming=True
-        )
+
         features = rows.features or {}
         if features and image_column not in features:
             hint = nearest(image_column, features)
@@ -255,17 +217,9 @@ def _hub(dataset: HubDataset, image_column: str, label_column: str) -> Iterator[
         for number, row in enumerate(rows, start=1):
             where = f"{dataset}: row {number}"
             content = _content(row.get(image_column), where, image_column)
-            if isinstance(content, str):  # a path inside the dataset, often inside an archive
-                with fsspec.open(content, "rb") as file:
-                    content = file.read()
+            if isinstance(content, str):
+                content = fetched(content)
             yield Picture(where, content, _named(row.get(label_column), names))
-    except DataError:
-        raise
-    except Exception as error:  # every layer below raises its own: network, hub, formats
-        raise DataError(
-            f"{what} cannot be opened ({type(error).__name__}: {error}). Check the name "
-            "and the network, or give a path to files on this machine."
-        ) from error
 
 
 def idx_labels(path: Path) -> Path:

@@ -1,7 +1,6 @@
 """Labelled sounds: which file has which label, and their batches."""
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -14,8 +13,8 @@ from selfsup.data.audio_features import collate, compiled_pattern
 from selfsup.data.audio_files import find, path_says
 from selfsup.data.dataset import Dataset
 from selfsup.data.label_files import Record, find_column, suffix_of, table
-from selfsup.data.labels import Labelled, class_order
-from selfsup.errors import ConfigError, DataError, nearest
+from selfsup.data.labels import Labelled, check_known, finite_number, label_numbers, names_of
+from selfsup.errors import ConfigError, DataError
 
 TASKS = ("classification", "regression")
 PATH_COLUMNS = ("file", "path", "audio", "filename")
@@ -63,11 +62,7 @@ def read_labels(
         rows = _table_rows(path, text, label)
     labels = [_label(row, task, names) for row in rows]
     if names is None:
-        if len(set(labels)) < 2:
-            raise DataError(
-                f"{path}: every label is {labels[0]!r}; {task} needs at least two different ones"
-            )
-        names = tuple(sorted(set(labels), key=class_order)) if task == "classification" else ()
+        names = names_of(labels, task, str(path))
     groups = tuple(row.group for row in rows)
     sounds = [row.sound for row in rows]
     return Labelled(task, sounds, labels, names, str(path), groups if all(groups) else ())
@@ -83,20 +78,11 @@ class _Row(NamedTuple):
 
 
 def _label(row: _Row, task: str, names: tuple[str, ...] | None) -> Any:
-    if task == "classification":
-        if names is not None and row.label not in names:
-            raise DataError(
-                f"{row.where}: label {row.label!r} is not among the training labels"
-                f"{nearest(row.label, names)}"
-            )
-        return row.label
-    try:
-        value = float(row.label)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(f"{row.where}: the label must be a finite number, got {row.label!r}")
-    return value
+    if task == "regression":
+        return finite_number(row.label, row.where)
+    if names is not None:
+        check_known(row.label, names, row.where)
+    return row.label
 
 
 def _folder_rows(folder: Path, label: str | None) -> list[_Row]:
@@ -183,11 +169,7 @@ class LabelledSounds(Dataset):
         self.task = labelled.task
         found = preprocessor.rows(labelled.items, f"{labelled.source}: item")
         self.examples, self.truncated = found
-        numbers = {name: number for number, name in enumerate(labelled.names)}
-        values = labelled.labels
-        self.labels: np.ndarray = np.array(
-            values if self.task == "regression" else [numbers[name] for name in values]
-        )
+        self.labels = label_numbers(labelled)
         self.word_labels: list[np.ndarray] = []
         main, *others = preprocessor.features.widths
         self.fields = (main, "mask", "index", *others, "label")

@@ -9,7 +9,6 @@
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, final
 
@@ -21,8 +20,8 @@ from selfsup.data.dataset import LabelledDataset
 from selfsup.data.image_decoding import Form, decode_items
 from selfsup.data.image_files import Picture, columns_of, find, kind_of, pictures
 from selfsup.data.label_files import COMPRESSED, find_column, suffix_of, table
-from selfsup.data.labels import Labelled, class_order
-from selfsup.errors import ConfigError, DataError, nearest
+from selfsup.data.labels import Labelled, check_known, finite_number, label_numbers, names_of
+from selfsup.errors import ConfigError, DataError
 
 TASKS = ("classification", "regression")
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -79,11 +78,7 @@ def read_labels(
         raise DataError(f"{path}: it holds no example; give pictures with labels")
     labels: list[Any] = [_label(row, task, names) for row in rows]
     if names is None:
-        if len(set(labels)) < 2:
-            raise DataError(
-                f"{path}: every label is {labels[0]!r}; {task} needs at least two different ones"
-            )
-        names = tuple(sorted(set(labels), key=class_order)) if task == "classification" else ()
+        names = names_of(labels, task, str(path))
     return Labelled(task, [row.content for row in rows], labels, names, str(path))
 
 
@@ -92,16 +87,9 @@ def _label(row: Picture, task: str, names: tuple[str, ...] | None) -> str | floa
     if not value:
         raise DataError(f"{row.where}: its label is {row.label!r}; expected text or a number")
     if task == "regression":
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise DataError(f"{row.where}: its label must be a finite number, got {value!r}")
-        return number
-    if names is not None and value not in names:
-        hint = nearest(value, names)
-        raise DataError(f"{row.where}: label {value!r} is not among the training labels{hint}")
+        return finite_number(value, row.where, "its label")
+    if names is not None:
+        check_known(value, names, row.where)
     return value
 
 
@@ -193,12 +181,7 @@ class LabelledImages(LabelledDataset):
         self.pictures = np.empty(shape, dtype=np.uint8)
         for number, values in enumerate(decode_items(labelled.items, form, labelled.source)):
             self.pictures[number] = values
-        numbers = {name: number for number, name in enumerate(labelled.names)}
-        self.labels: np.ndarray = (
-            np.array(labelled.labels, dtype=np.float64)
-            if self.task == "regression"
-            else np.array([numbers[name] for name in labelled.labels], dtype=np.int64)
-        )
+        self.labels = label_numbers(labelled)
         self.word_labels: list[np.ndarray] = []
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Labelled table rows: reading them, strictly, and as batches.
 
-`labelled_by` and `label_numbers` also check and number the labels of series.
+`labelled_by` also checks the labels of series.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from selfsup.batch import Batch
 from selfsup.data.dataset import LabelledDataset
 from selfsup.data.label_files import find_column
-from selfsup.data.labels import Labelled, class_order
+from selfsup.data.labels import Labelled, check_known, label_numbers, names_of
 from selfsup.data.table_columns import Rows
 from selfsup.data.table_files import KNOWN, category, kind_of, parsed, read_table
 from selfsup.errors import ConfigError, DataError, nearest
@@ -98,24 +98,12 @@ def labelled_by(
             raise DataError(f"{place}: the label must be a finite number, got {value!r}")
         if task == "classification":
             value = cell.strip() if isinstance(cell, str) else category(value)
-            if names is not None and value not in names:
-                hint = nearest(value, names)
-                raise DataError(f"{place}: label {value!r} is not among the training labels{hint}")
+            if names is not None:
+                check_known(value, names, place)
         labels.append(value)
     if names is None:
-        found = set(labels)
-        if len(found) < 2:
-            raise DataError(f"{path}: every label is {labels[0]!r}; {task} needs at least two")
-        names = tuple(sorted(found, key=class_order)) if task == "classification" else ()
+        names = names_of(labels, task, str(path))
     return Labelled(task, items, labels, names, str(path))
-
-
-def label_numbers(labelled: Labelled) -> np.ndarray:
-    """The labels as class numbers (int64) or, for regression, as they are (float64)."""
-    if labelled.task == "regression":
-        return np.array(labelled.labels, dtype=np.float64)
-    numbers = {name: number for number, name in enumerate(labelled.names)}
-    return np.array([numbers[name] for name in labelled.labels], dtype=np.int64)
 
 
 @final

@@ -6,7 +6,6 @@ the task is an error that names file and line.
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any, final
 
@@ -25,7 +24,7 @@ from selfsup.data.label_files import (
     suffix_of,
     table,
 )
-from selfsup.data.labels import Labelled, class_order
+from selfsup.data.labels import Labelled, check_known, finite_number, label_numbers, names_of
 from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import ConfigError, DataError, nearest
 
@@ -88,30 +87,16 @@ def read(
         items.append(item)
         labels.append(value)
     if names is None:
-        names = _names(path, task, labels)
+        every = itertools.chain.from_iterable(labels) if task == "tagging" else labels
+        names = names_of(every, task, str(path))
     return Labelled(task, items, labels, names, str(path))
 
 
 def _check_known(where: str, task: str, item: Any, value: Any, names: tuple[str, ...]) -> None:
     given = {"tagging": value, "classification": [value]}.get(task, [])
     for place, name in enumerate(given):
-        if name not in names:
-            word = f" (of the word {item[place]!r})" if task == "tagging" else ""
-            raise DataError(
-                f"{where}: label {name!r}{word} is not among the training labels"
-                f"{nearest(name, names)}"
-            )
-
-
-def _names(path: Path, task: str, labels: list[Any]) -> tuple[str, ...]:
-    found = set(itertools.chain.from_iterable(labels) if task == "tagging" else labels)
-    if len(found) < 2:
-        raise DataError(
-            f"{path}: every label is {found.pop()!r}; {task} needs at least two different ones"
-        )
-    if task == "regression":
-        return ()
-    return tuple(sorted(found, key=class_order))
+        about = f" (of the word {item[place]!r})" if task == "tagging" else ""
+        check_known(name, names, where, about)
 
 
 def _table_rows(path: Path, task: str, text, text_b, label) -> list[tuple[str, Any, Any]]:
@@ -156,14 +141,7 @@ def _string(record: Record, column: str) -> str:
 
 
 def _number(record: Record, column: str) -> float:
-    text = _string(record, column)
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise DataError(f"{record.where}: {column!r} must be a finite number, got {text!r}")
-    return value
+    return finite_number(_string(record, column), record.where, repr(column))
 
 
 def _strings(record: Record, column: str) -> list[str]:
@@ -217,18 +195,15 @@ class LabelledText(Dataset):
         self.words: list[np.ndarray] = []
         self.segments: list[np.ndarray] = []
         self.truncated = 0
-        numbers = {name: number for number, name in enumerate(labelled.names)}
         self.word_labels: list[np.ndarray] = []
         self.labels = np.empty(0)
         if self.task == "tagging":
+            numbers = {name: number for number, name in enumerate(labelled.names)}
             self._add_words(labelled, tokenizer, max_length)
             self.word_labels = [np.array([numbers[t] for t in tags]) for tags in labelled.labels]
         else:
             self._add_texts(labelled, tokenizer, max_length)
-            values = labelled.labels
-            self.labels = np.array(
-                values if self.task == "regression" else [numbers[name] for name in values]
-            )
+            self.labels = label_numbers(labelled)
         extra = ("words",) * bool(self.words) + ("segments",) * bool(self.segments)
         self.fields = ("tokens", "mask", *extra, "label")
         self.lengths = np.array([len(row) for row in self.tokens])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from selfsup.errors import ConfigError, DataError
+from selfsup.errors import ConfigError, DataError, nearest
 from selfsup.randomness import derive, numpy_generator
 
 
@@ -103,6 +103,68 @@ def split(labelled: Labelled, fractions: Sequence[float], seed: int) -> tuple[La
             f"{list(fractions)} without an empty part; add examples or use fewer parts"
         )
     return tuple(labelled.take(part) for part in parts)
+
+
+# What every `read_labels` checks
+
+
+def check_known(label: str, names: Sequence[str], where: str, about: str = "") -> None:
+    """Refuses a label of validation or test data that the training data do not have.
+
+    Args:
+        label: a class or tag.
+        names: those of the training data.
+        where: the label's place, for the message.
+        about: what it is the label of, where the place does not say it.
+
+    Raises:
+        DataError: it is not among the names.
+    """
+    if label not in names:
+        raise DataError(
+            f"{where}: label {label!r}{about} is not among the training labels"
+            f"{nearest(label, names)}"
+        )
+
+
+def finite_number(text: str, where: str, what: str = "the label") -> float:
+    """A label of regression.
+
+    >>> finite_number("0.5", "films.csv:2")
+    0.5
+
+    Raises:
+        DataError: it is no number, or NaN or infinite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where}: {what} must be a finite number, got {text!r}")
+    return value
+
+
+def names_of(labels: Iterable[Any], task: str, source: str) -> tuple[str, ...]:
+    """`Labelled.names` of training data: its classes or tags in their order; () for regression.
+
+    Raises:
+        DataError: all labels are equal, so there is nothing to learn.
+    """
+    found = set(labels)
+    if len(found) < 2:
+        raise DataError(
+            f"{source}: every label is {found.pop()!r}; {task} needs at least two different ones"
+        )
+    return () if task == "regression" else tuple(sorted(found, key=class_order))
+
+
+def label_numbers(labelled: Labelled) -> np.ndarray:
+    """The labels as class numbers (int64) or, for regression, as they are (float64)."""
+    if labelled.task == "regression":
+        return np.array(labelled.labels, dtype=np.float64)
+    numbers = {name: number for number, name in enumerate(labelled.names)}
+    return np.array([numbers[name] for name in labelled.labels], dtype=np.int64)
 
 
 def class_order(name: str) -> tuple[float, str]:

@@ -92,15 +92,16 @@ def prepare(
     return Prepared(train, valid, preprocessor.spec, preprocessor, facts)
 
 
-def splits(config: Config, source: str | Path) -> dict[str, np.ndarray]:
-    """The standardised parts of one series, for forecasting: train, valid and test.
+def splits(config: Config, source: str | Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The channels of one series and its standardised parts, for forecasting.
 
     Args:
         config: see `Config`; mean and deviation come from the training rows.
         source: one table.
 
     Returns:
-        (time, channel) float32 for each part, in the order of time without gaps.
+        names of the channels; (time, channel) float32 for train, valid and test, in the order of
+        time without gaps.
 
     Raises:
         DataError: see `prepare`; or more than one file, or a .ts file.
@@ -110,7 +111,7 @@ def splits(config: Config, source: str | Path) -> dict[str, np.ndarray]:
         raise DataError(f"{source}: forecasting reads one table, which is one long series")
     parts = read_tables(config, paths, with_test=True)
     preprocessor = _fitted(config, parts, config.window)
-    return {name: preprocessor.standardise(getattr(parts, name)[0]) for name in PARTS}
+    return parts.columns, {n: preprocessor.standardise(getattr(parts, n)[0]) for n in PARTS}
 
 
 @final

@@ -24,7 +24,8 @@ import numpy as np
 
 from selfsup import console, files
 from selfsup.data.formats import COMPRESSIONS, Split
-from selfsup.data.reading import PART_CHARS, Document, HubDataset, Source, documents, resolve
+from selfsup.data.reading import PART_CHARS, Document, documents, resolve
+from selfsup.data.sources import HubDataset, Source
 from selfsup.data.tokenizer import CJK, Tokenizer
 from selfsup.errors import DataError
 

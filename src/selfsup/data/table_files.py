@@ -3,7 +3,6 @@
 The suffixes are in `table.py`; `series.py` reads its tables with these functions too.
 """
 
-import glob
 import hashlib
 import math
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from selfsup import console
 from selfsup.data.label_files import COMPRESSED, table
+from selfsup.data.sources import Wanted, find
 from selfsup.errors import ConfigError, DataError, nearest
 
 KNOWN = (".csv", ".tsv", ".txt", ".parquet", ".npz", ".npy")
@@ -57,22 +56,14 @@ def files_of(source: str | Path | Sequence[str | Path], known: Sequence[str]) ->
     Raises:
         DataError: one of them gives no file to read.
     """
-    found: list[Path] = []
-    for item in [source] if isinstance(source, str | Path) else source:
-        path = Path(item).expanduser()
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
-        else:
-            inside = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
-        taken = [p for p in inside if kind_of(p, known)]
-        if not taken:
-            what = f"{len(inside)} files of other kinds" if inside else "nothing"
-            raise DataError(f"{item}: {what} there; give a file, folder or glob: {' '.join(known)}")
-        if len(taken) < len(inside):
-            other = [p.name for p in inside if p not in taken]
-            console.warn(f"{item}: {len(other)} files are not read: {', '.join(other[:5])}")
-        found += taken
-    return list(dict.fromkeys(found))
+    wanted = Wanted(
+        what="table",
+        known=" ".join(known),
+        reads=lambda path: bool(kind_of(path, known)),
+        refusal=": files of other kinds are not read; known:",
+        hub=False,
+    )
+    return [place for place in find(source, wanted) if isinstance(place, Path)]
 
 
 def read_table(path: Path, header: bool = True, array: str = "X") -> Table:
@@ -126,14 +117,19 @@ def read_all(paths: list[Path], header: bool, array: str) -> Table:
     first = whole = read_table(paths[0], header, array)
     for path in paths[1:]:
         more = read_table(path, header, array)
-        if more.columns != first.columns or more.beside.keys() != first.beside.keys():
-            raise DataError(
-                f"{path}: columns {', '.join([*more.columns, *more.beside])}, but {paths[0]} has "
-                f"{', '.join([*first.columns, *first.beside])}; give tables with equal columns"
-            )
+        check_columns(path, more, paths[0], first)
         beside = {name: cells + more.beside[name] for name, cells in whole.beside.items()}
         whole = Table(first.columns, whole.rows + more.rows, whole.where + more.where, beside)
     return whole
+
+
+def check_columns(path: Path, content: Table, first_path: Path, first: Table) -> None:
+    """Refuses a file whose columns, or arrays beside them, are not those of the first one."""
+    if content.columns != first.columns or content.beside.keys() != first.beside.keys():
+        raise DataError(
+            f"{path}: columns {', '.join([*content.columns, *content.beside])}, but {first_path} "
+            f"has {', '.join([*first.columns, *first.beside])}; give tables with equal columns"
+        )
 
 
 def normal_rows(content: Table, normal: str) -> tuple[Table, int]:

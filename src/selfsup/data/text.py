@@ -27,8 +27,9 @@ from selfsup.data.dataset import Prepared, pad_mask, pad_rows
 from selfsup.data.formats import Split
 from selfsup.data.labelled_text import LabelledText, read
 from selfsup.data.labels import Labelled
-from selfsup.data.reading import HubDataset, Source, documents, resolve
+from selfsup.data.reading import documents, resolve
 from selfsup.data.rows import MIN_PAIR_TOKENS, PackedRows, PairRows
+from selfsup.data.sources import HubDataset, Source
 from selfsup.data.store import (
     StoreConfig,
     build_or_open,

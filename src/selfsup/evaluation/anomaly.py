@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import ndtr
 from torch import Tensor
 
@@ -45,6 +45,9 @@ MAX_NORMALS = 20_000  # held-out items that the threshold is computed from
 BATCH_SIZE = 256
 MAX_COLUMNS = 3  # that an explanation names
 MISSING, OTHER = "missing", "another value"
+BINS = 40  # of a histogram
+WIDE = 20.0  # greatest by smallest score, above which bins are even on a logarithmic scale
+DECADES = 3  # below the threshold, where such bins begin; lower scores fall into the first
 
 
 class UnusualColumn(NamedTuple):
@@ -129,6 +132,45 @@ def calibration(model: Model, held_out: Dataset) -> dict[str, Any]:
             "false_alarm_rate": FALSE_ALARM_RATE,
             "held_out": len(numbers),
         }
+    }
+
+
+def histogram(
+    scores: Float[np.ndarray, " items"], strange: Bool[np.ndarray, " items"], threshold: float
+) -> dict[str, Any]:
+    """How often scores are how high, for the report.
+
+    Args:
+        scores: of items, the greater the stranger.
+        strange: whether an item is an anomaly.
+        threshold: above which an item counts as one.
+
+    Returns:
+        `edges` of the bins, one more than bins; how many `normal` and `abnormal` items lie in each
+        bin; `threshold`; `log`, whether the bins are even on a logarithmic scale.
+
+    >>> scores, strange = np.array([1.0, 2.0, 3.0]), np.array([False, False, True])
+    >>> found = histogram(scores, strange, 2.0)
+    >>> found["edges"][0], found["edges"][-1], sum(found["normal"]), found["abnormal"][-1]
+    (1.0, 3.0, 2, 1)
+    """
+    low = min(float(scores.min()), threshold)
+    high = max(float(scores.max()), threshold)
+    logarithmic = threshold > 0 and high > WIDE * max(low, 0.0)
+    if logarithmic:
+        low = max(low, threshold / 10**DECADES)
+    elif high == low:
+        high = low + 1.0
+    space = np.geomspace if logarithmic else np.linspace
+    edges = space(low, high, BINS + 1)
+    inside = np.clip(scores, edges[0], edges[-1])  # the ends of a geometric row are not exact
+    counts = [np.histogram(inside[part], edges)[0].tolist() for part in (~strange, strange)]
+    return {
+        "edges": edges.tolist(),
+        "normal": counts[0],
+        "abnormal": counts[1],
+        "threshold": threshold,
+        "log": logarithmic,
     }
 
 

@@ -35,7 +35,7 @@ from selfsup.batch import Batch
 from selfsup.config import read_toml, run_config
 from selfsup.data.dataset import Dataset
 from selfsup.errors import ConfigError, nearest
-from selfsup.evaluation.anomaly import FALSE_ALARM_RATE, detects, error_scores
+from selfsup.evaluation.anomaly import FALSE_ALARM_RATE, detects, error_scores, histogram
 from selfsup.evaluation.frozen import extract, raw_features
 from selfsup.evaluation.metrics import area_under_roc, average_precision, threshold_for
 from selfsup.model_folder import Model
@@ -98,7 +98,7 @@ def evaluate(
     data: str | Path | None,
     columns: dict[str, Any],
     normal: str | None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Any]:
     """How well each detector tells normal items from all others.
 
     Args:
@@ -109,8 +109,10 @@ def evaluate(
         normal: the label of normal items; None: see `normal_label`.
 
     Returns:
-        by detector: `auroc`, `average_precision`, and at the threshold of 1% false alarms on
-        held-out items the shares `normals_flagged` and `anomalies_caught`.
+        `scores` by detector: `auroc`, `average_precision`, and at the threshold of 1% false alarms
+        on held-out items the shares `normals_flagged` and `anomalies_caught`; `histograms` by
+        detector, see `anomaly.histogram`; the `normal` label; the source of the `data`; numbers of
+        `normals`, `anomalies` and `held_out` items.
 
     Raises:
         ConfigError: the model rebuilds neither table rows nor pictures, there are no data, or the
@@ -139,9 +141,15 @@ def evaluate(
         f"{(~strange).sum():,} normal ({chosen}), {strange.sum():,} anomalies; thresholds for "
         f"{FALSE_ALARM_RATE:.0%} false alarms from {len(corpus.valid):,} held-out items"
     )
+    thresholds = {name: threshold_for(part[0], FALSE_ALARM_RATE) for name, part in found.items()}
     return {
-        name: judged(scores, strange, threshold_for(held_out, FALSE_ALARM_RATE))
-        for name, (held_out, scores) in found.items()
+        "scores": {n: judged(part[1], strange, thresholds[n]) for n, part in found.items()},
+        "histograms": {n: histogram(part[1], strange, thresholds[n]) for n, part in found.items()},
+        "normal": chosen,
+        "data": str(data),
+        "normals": int((~strange).sum()),
+        "anomalies": int(strange.sum()),
+        "held_out": len(corpus.valid),
     }
 
 

@@ -5,15 +5,18 @@ by time and standardised by their training rows, `horizon` rows are forecast fro
 before them, and errors are means over all windows of the test part, none dropped, on the
 standardised scale.
 
-| forecast                     | what it is                                                        |
-|------------------------------|-------------------------------------------------------------------|
-| `last value`                 | each channel stays where it is                                    |
-| `ridge on lags`              | the future of a channel is linear in its last `lags` values, all  |
-|                              | less their mean; one map for all channels                         |
-| `ridge on lags, by channel`  | a map of its own for each channel                                 |
-| `ridge on features`          | a frozen encoder reads the history of one channel; its hidden     |
-|                              | vectors, side by side, go through one linear map for all channels |
-|                              | (PatchTST, Nie et al., 2022, arXiv 2211.14730, section 3.1)       |
+| forecast                         | what it is                                                    |
+|----------------------------------|---------------------------------------------------------------|
+| the encoder's name               | a frozen encoder reads the history of one channel; its hidden |
+|                                  | vectors, side by side, go through one linear map for all      |
+|                                  | channels (PatchTST, Nie et al., 2022, arXiv 2211.14730,       |
+|                                  | section 3.1)                                                  |
+| the encoder's name + lags        | the same with the history itself beside the hidden vectors,   |
+|                                  | which has the penalty of ridge on lags: what features add     |
+| `ridge on N lags`                | the future of a channel is linear in its last N values, all   |
+|                                  | less their mean; one map for all channels                     |
+| `ridge on N lags, by channel`    | a map of its own for each channel                             |
+| `last value`                     | each channel stays where it is                                |
 
 Linear maps on lags are hard to beat (Zeng et al., 2022, arXiv 2205.13504; Toner and Darlow, 2024,
 arXiv 2403.14587), so a forecast of an encoder is never shown without them.
@@ -27,7 +30,7 @@ Axes: window; channel; row: one channel of one window; time; feature; horizon.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +45,7 @@ from selfsup.methods.generative.masked_series import instance_statistics
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.training.device import autocast, pick_dtype, to_device
 
-ALPHAS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+ALPHAS = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
 BATCH = 256  # windows that are held at once
 
 
@@ -88,63 +91,67 @@ class Linear(NamedTuple):
 Part = Callable[[str], Iterable[Rows]]
 """The rows of train, valid or test, in the order of (window, channel)."""
 
+Penalty = float | np.ndarray
+"""Of all features or of each, (feature,); inf: this one is not read."""
+
 
 def forecast(
-    encoder: TransformerEncoder | None,
+    encoders: dict[str, TransformerEncoder],
     parts: dict[str, np.ndarray],
     columns: Sequence[str],
     history: int,
     horizon: int,
     *,
-    lags: int = 0,
+    lags: Iterable[int] = (),
     alphas: Sequence[float] = ALPHAS,
     instance_norm: bool = True,
-    stride: int = 1,
 ) -> dict[str, Score]:
-    """Errors of the baselines and, where there is one, of an encoder.
+    """Errors of encoders and of the baselines.
 
     Args:
-        encoder: of one channel (`data.independent = true`); None: the baselines alone. An untrained
-            encoder is a baseline too.
-        parts: what `data.series.splits` gave.
+        encoders: of one channel (`data.independent = true`), by name. An untrained encoder is a
+            baseline too.
+        parts: as `data.series.splits` gives them.
         columns: names of the channels.
         history: rows that are read; an encoder reads as many of the last as fill whole patches.
         horizon: rows that are forecast.
-        lags: rows that the ridge baselines read, at most `history`; 0: all.
+        lags: numbers of rows that ridge reads, beside `history`.
         alphas: penalties to try, as scikit-learn's `Ridge` counts them.
-        instance_norm: give the encoder channels of mean 0 and deviation 1 in each window, and bring
+        instance_norm: give an encoder channels of mean 0 and deviation 1 in each window, and bring
             its forecast back, as in `masked_series`.
-        stride: training windows from one that the encoder's map is fitted on to the next; more
-            saves time, as neighbours are nearly equal.
 
     Raises:
         DataError: a part is too short, or values are missing.
-        ConfigError: more lags than history, or an encoder that reads several channels at once.
+        ConfigError: an encoder that reads several channels at once.
     """
-    if lags > history:
-        raise ConfigError(f"lags = {lags} reach further back than the history of {history} rows")
     if any(np.isnan(part).any() for part in parts.values()):
         raise DataError(
             "forecasts are measured on complete series; fill the missing values first, or choose "
             "columns without any"
         )
-    lags = lags or history
+    scores, alone = {}, 0.0
     each = [{n: part[:, c : c + 1] for n, part in parts.items()} for c in range(len(columns))]
-    apart = [fit_and_score(_lag_rows(one, history, horizon, lags), alphas) for one in each]
-    together = fit_and_score(_lag_rows(parts, history, horizon, lags), alphas)
-    scores = {
-        "last value": last_value(parts, columns, history, horizon),
-        "ridge on lags": _score(*together, columns),
-        "ridge on lags, by channel": _score(
+    for count in sorted({history, *lags}):
+        ((errors, chosen),) = fit_and_score(_lag_rows(parts, count, horizon), alphas)
+        scores[f"ridge on {count} lags"] = _score(errors, (alphas[chosen],), columns)
+        alone = alphas[chosen] if count == history else alone
+        apart = [fit_and_score(_lag_rows(one, count, horizon), alphas)[0] for one in each]
+        scores[f"ridge on {count} lags, by channel"] = _score(
             np.stack([errors for errors, _ in apart], 2).reshape(2, -1),
-            tuple(alpha for _, (alpha,) in apart),
+            tuple(alphas[chosen] for _, chosen in apart),
             columns,
-        ),
-    }
-    if encoder is not None:
-        rows = _feature_rows(encoder, parts, history, horizon, instance_norm, stride)
-        scores["ridge on features"] = _score(*fit_and_score(rows, alphas), columns)
-    return scores
+        )
+    scores["last value"] = last_value(parts, columns, history, horizon)
+    learned = {}
+    for name, encoder in encoders.items():
+        rows, hidden = _feature_rows(encoder, parts, history, horizon, instance_norm)
+        sweeps = [
+            [np.where(hidden, alpha, beside) for alpha in alphas] for beside in (np.inf, alone)
+        ]
+        found = fit_and_score(rows, *sweeps)
+        for title, (errors, chosen) in zip((name, f"{name} + lags"), found, strict=True):
+            learned[title] = _score(errors, (alphas[chosen],), columns)
+    return learned | scores
 
 
 def last_value(
@@ -158,43 +165,50 @@ def last_value(
     return _score(np.concatenate(errors, 1), (), columns)
 
 
-def fit_and_score(rows: Part, alphas: Sequence[float]) -> tuple[np.ndarray, tuple[float, ...]]:
+def fit_and_score(rows: Part, *sweeps: Sequence[Penalty]) -> list[tuple[np.ndarray, int]]:
     """Fits on train, chooses on valid, forecasts test.
 
     Returns:
-        the mean squared and absolute error of each test row, (2, row), and the one chosen penalty.
+        for each sweep of penalties, which rise: the mean squared and absolute error of each test
+        row, (2, row), and the number of the chosen penalty.
     """
-    fitted = fit_ridge(rows("train"), alphas)
-    mse = forecast_errors(rows("valid"), fitted)[0].mean(1)  # (alpha,)
-    best = len(alphas) - 1 - int(np.argmin(mse[::-1]))  # of equals the last, the most regularised
-    return forecast_errors(rows("test"), [fitted[best]])[:, 0], (alphas[best],)
+    fitted = fit_ridge(rows("train"), [penalty for sweep in sweeps for penalty in sweep])
+    mse = forecast_errors(rows("valid"), fitted)[0].mean(1)
+    begins = np.cumsum([0, *map(len, sweeps[:-1])]).tolist()
+    chosen = []
+    for begin, sweep in zip(begins, sweeps, strict=True):
+        here = mse[begin : begin + len(sweep)]
+        chosen.append(len(sweep) - 1 - int(np.argmin(here[::-1])))  # the greatest of equals
+    maps = [fitted[begin + number] for begin, number in zip(begins, chosen, strict=True)]
+    errors = forecast_errors(rows("test"), maps)  # (2, sweep, row)
+    return [(errors[:, place], number) for place, number in enumerate(chosen)]
 
 
-def fit_ridge(batches: Iterable[Rows], alphas: Sequence[float]) -> list[Linear]:
+def fit_ridge(batches: Iterable[Rows], penalties: Sequence[Penalty]) -> list[Linear]:
     """Ridge regression for every penalty, from moments that are summed batch by batch.
 
     Minimises sum(scale² * |(future - centre) / scale - features @ weight - bias|²), the squared
-    error of the forecast itself, + alpha * |weight|².
+    error of the forecast itself, + sum(penalty * weight²).
     """
-    moments = np.asarray(sum(map(_moments, batches)))
-    size = len(moments) - 1
-    xx, xy = moments[:size, :size], moments[:size, size + 1 :]
-    total, mean_x, mean_y = moments[size, size], moments[size, :size], moments[size, size + 1 :]
-    mean_x, mean_y = mean_x / total, mean_y / total
-    xx, xy = xx - total * np.outer(mean_x, mean_x), xy - total * np.outer(mean_x, mean_y)
+    xx: Any = 0.0
+    xy: Any = 0.0
+    for batch in batches:
+        known = np.pad(batch.features.astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
+        known *= batch.scale  # (row, feature + 1)
+        xx += known.T @ known
+        xy += known.T @ (batch.future.astype(np.float64) - batch.centre)
+    total, mean_x, mean_y = xx[-1, -1], xx[-1, :-1] / xx[-1, -1], xy[-1] / xx[-1, -1]
+    xx = xx[:-1, :-1] - total * np.outer(mean_x, mean_x)
+    xy = xy[:-1] - total * np.outer(mean_x, mean_y)
     out = []
-    for alpha in alphas:
-        weight = linalg.solve(xx + alpha * np.eye(len(xx)), xy, assume_a="pos")
+    for penalty in penalties:
+        each = np.broadcast_to(penalty, len(xx))
+        read = np.flatnonzero(np.isfinite(each))
+        penalised = xx[np.ix_(read, read)] + np.diag(each[read])
+        weight = np.zeros_like(xy)
+        weight[read] = linalg.solve(penalised, xy[read], assume_a="pos", overwrite_a=True)
         out.append(Linear(weight, mean_y - mean_x @ weight))
     return out
-
-
-def _moments(batch: Rows) -> np.ndarray:
-    """Weighted sums of products of (features, 1) with (features, 1, future)."""
-    future = (batch.future.astype(np.float64) - batch.centre) / batch.scale
-    known = np.pad(batch.features.astype(np.float64), ((0, 0), (0, 1)), constant_values=1.0)
-    importance = np.square(batch.scale, dtype=np.float64)  # (row, 1)
-    return (known * importance).T @ np.concatenate([known, future], 1)
 
 
 def forecast_errors(batches: Iterable[Rows], fitted: Sequence[Linear]) -> np.ndarray:
@@ -212,20 +226,19 @@ def forecast_errors(batches: Iterable[Rows], fitted: Sequence[Linear]) -> np.nda
 
 
 def _folded(
-    parts: dict[str, np.ndarray], name: str, history: int, horizon: int, step: int = 1
+    parts: dict[str, np.ndarray], name: str, history: int, horizon: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Past (row, history) and future (row, horizon) of one part, some windows at a time."""
     pairs = windows(parts, name, history, horizon)
-    for at in range(0, len(pairs[0]), BATCH * step):
-        here = slice(at, at + BATCH * step, step)
-        past, future = (np.concatenate(some[here].swapaxes(1, 2)) for some in pairs)
+    for at in range(0, len(pairs[0]), BATCH):
+        past, future = (np.concatenate(s[at : at + BATCH].swapaxes(1, 2)) for s in pairs)
         yield past, future
 
 
-def _lag_rows(parts: dict[str, np.ndarray], history: int, horizon: int, lags: int) -> Part:
+def _lag_rows(parts: dict[str, np.ndarray], lags: int, horizon: int) -> Part:
     def rows(name: str) -> Iterator[Rows]:
-        for past, future in _folded(parts, name, history, horizon):
-            read = past[:, -lags:].astype(np.float64)
+        for past, future in _folded(parts, name, lags, horizon):
+            read = past.astype(np.float64)
             mean = read.mean(1, keepdims=True)
             yield Rows(read - mean, future, mean, np.ones_like(mean))
 
@@ -238,26 +251,27 @@ def _feature_rows(
     history: int,
     horizon: int,
     instance_norm: bool,
-    stride: int,
-) -> Part:
+) -> tuple[Part, np.ndarray]:
+    """Hidden vectors of the history and behind them what was read; and which are the former."""
     if not isinstance(encoder.spec, SeriesSpec) or encoder.spec.channels != 1:
         raise ConfigError(
             f"forecasts read channel by channel, but this encoder reads {encoder.spec}; pre-train "
             "it with data.independent = true"
         )
-    used = history // encoder.config.patch * encoder.config.patch
+    positions = history // encoder.config.patch
+    used = positions * encoder.config.patch
 
     def rows(name: str) -> Iterator[Rows]:
-        step = stride if name == "train" else 1
-        for past, future in _folded(parts, name, history, horizon, step):
-            series = torch.from_numpy(past[:, history - used :, None].copy())  # (row, time, 1)
-            mean, std = torch.zeros(len(series), 1, 1), torch.ones(len(series), 1, 1)
+        for past, future in _folded(parts, name, history, horizon):
+            read = torch.from_numpy(past[:, history - used :, None].copy())  # (row, time, 1)
+            mean, std = torch.zeros(len(read), 1, 1), torch.ones(len(read), 1, 1)
             if instance_norm:
-                mean, std = instance_statistics(series)
-            features = _encoded(encoder, (series - mean) / std)
+                mean, std = instance_statistics(read)
+            read = (read - mean) / std
+            features = np.concatenate([_encoded(encoder, read), read[:, :, 0].numpy()], 1)
             yield Rows(features, future, mean[:, 0].numpy(), std[:, 0].numpy())
 
-    return rows
+    return rows, np.repeat([True, False], [positions * encoder.dim, used])
 
 
 @torch.no_grad()

@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selfsup.batch import Batch, Vocabulary
-from selfsup.data.dataset import Dataset, LabelledDataset
+from selfsup.batch import AudioSpec, Batch, Vocabulary
+from selfsup.data.dataset import Dataset, LabelledDataset, Preprocessor
 from selfsup.data.labels import Labels
 from selfsup.errors import ConfigError
+from selfsup.evaluation.layer_mix import fit_layer_mix
 from selfsup.evaluation.metrics import spearman
 from selfsup.evaluation.probes import fit_linear_probe, ridge_probe
 from selfsup.evaluation.similarity import knn_accuracy
 from selfsup.model_folder import Model
-from selfsup.models.encoder import Encoder, masked_mean
+from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Objective
 from selfsup.randomness import Order
 from selfsup.training.device import autocast, pick_dtype, to_device
@@ -55,6 +56,30 @@ def raw_features(batch: Batch) -> Float[Tensor, "batch features"]:
     return batch["row"]
 
 
+def course_features(batch: Batch) -> Float[Tensor, "batch features"]:
+    """Log-mel frames as the mean of each quarter of the sound: what comes when, unlike a mean."""
+    frames, parts = batch["frames"], 4
+    mask = batch.get("mask", torch.ones(frames.shape[:2], dtype=torch.bool))
+    place = (mask.cumsum(1) - 1) * parts // mask.sum(1, keepdim=True)  # (batch, time)
+    chosen = torch.nn.functional.one_hot(place.clamp(0, parts - 1), parts) * mask.unsqueeze(2)
+    count = chosen.sum(1).clamp(min=1).unsqueeze(2)  # (batch, part, 1)
+    return (torch.einsum("btp,btm->bpm", chosen.to(frames), frames) / count).flatten(1)
+
+
+def raw_inputs(
+    preprocessor: Preprocessor,
+) -> dict[str, tuple[Preprocessor, Callable[[Batch], Tensor]]]:
+    """What stands beside an encoder's features: by name, how data are read and become vectors."""
+    spec = preprocessor.spec
+    if isinstance(spec, Vocabulary):
+        return {}
+    out: dict[str, tuple[Preprocessor, Callable[[Batch], Tensor]]]
+    out = {"raw input": (preprocessor.raw(), raw_features)}
+    if isinstance(spec, AudioSpec) and spec.mel:
+        out["raw input by quarters"] = preprocessor, course_features
+    return out
+
+
 @torch.inference_mode()
 def extract(
     data: Dataset | LabelledDataset,
@@ -78,27 +103,30 @@ def extract(
 
 def pooled_features(encoder: Encoder, device: torch.device) -> Callable[[Batch], Tensor]:
     """A function for `extract`: the encoder's pooled vector, in evaluation mode."""
+    return _reader(encoder, device, lambda features: features.pooled)
+
+
+def layer_features(encoder: Encoder, device: torch.device) -> Callable[[Batch], Tensor]:
+    """A function for `extract`: each layer's mean over real positions, (batch, layer, dim)."""
+
+    def means(features: Features) -> Tensor:
+        return torch.stack([masked_mean(layer, features.mask) for layer in features.hidden], 1)
+
+    return _reader(encoder, device, means)
+
+
+def _reader(
+    encoder: Encoder, device: torch.device, take: Callable[[Features], Tensor]
+) -> Callable[[Batch], Tensor]:
     dtype = pick_dtype("auto", device)
 
     def function(batch: Batch) -> Tensor:
         training = encoder.training
         encoder.eval()
         with autocast(device, dtype):
-            pooled = encoder(to_device(batch, device)).pooled
+            taken = take(encoder(to_device(batch, device)))
         encoder.train(training)
-        return pooled
-
-    return function
-
-
-def layer_features(encoder: Encoder, device: torch.device) -> Callable[[Batch], Tensor]:
-    """A function for `extract`: each layer's mean over real positions, (batch, layer, dim)."""
-    dtype = pick_dtype("auto", device)
-
-    def function(batch: Batch) -> Tensor:
-        with autocast(device, dtype):
-            features = encoder(to_device(batch, device))
-        return torch.stack([masked_mean(layer, features.mask) for layer in features.hidden], 1)
+        return taken
 
     return function
 
@@ -142,8 +170,9 @@ def probe(
         max_length: longest item; None: what this kind of data usually takes.
 
     Returns:
-        by name of the features: `knn` and `linear`, accuracies on the test part; for regression
-        `linear`, the Spearman correlation.
+        by name of the features: `knn` and `linear`, accuracies on the test part, and for networks
+        of several layers `mix`, a linear probe on a learned weighted sum of them (SUPERB); for
+        regression `linear`, the Spearman correlation.
 
     Raises:
         ConfigError: a task that has no label per item.
@@ -155,20 +184,22 @@ def probe(
         side: preprocessor.labelled(part)
         for side, part in (("train", labels.train), ("valid", labels.valid), ("test", labels.test))
     }
-    functions = {
-        "pretrained": pooled_features(model.encoder, model.device),
-        "untrained": pooled_features(untrained.to(model.device), model.device),
-    }
+    encoders = {"pretrained": model.encoder, "untrained": untrained.to(model.device)}
     answers = {side: data.labels for side, data in parts.items()}
     out = {}
-    for name, function in functions.items():
-        found = {side: extract(data, function) for side, data in parts.items()}
+    for name, encoder in encoders.items():
+        pooled = pooled_features(encoder, model.device)
+        found = {side: extract(data, pooled) for side, data in parts.items()}
         out[name] = _probed(found, answers, labels.train.task)
-    if not isinstance(preprocessor.spec, Vocabulary):
-        raw = preprocessor.raw()
-        sides = {"train": labels.train, "valid": labels.valid, "test": labels.test}
-        found = {side: extract(raw.labelled(part), raw_features) for side, part in sides.items()}
-        out["raw input"] = _probed(found, answers, labels.train.task)
+        if labels.train.task == "classification" and encoder.num_layers > 1:
+            layers = layer_features(encoder, model.device)
+            found = {side: extract(data, layers) for side, data in parts.items()}
+            mix = fit_layer_mix(found["train"], answers["train"], found["valid"], answers["valid"])
+            out[name]["mix"] = float((mix.predict(found["test"]) == answers["test"]).mean())
+    sides = {"train": labels.train, "valid": labels.valid, "test": labels.test}
+    for name, (raw, function) in raw_inputs(preprocessor).items():
+        found = {side: extract(raw.labelled(part), function) for side, part in sides.items()}
+        out[name] = _probed(found, answers, labels.train.task)
     return out
 
 

@@ -11,7 +11,8 @@ Everything here takes features that an encoder has already given, so it knows no
 | are the features spread out, or collapsed?     | `alignment`, `uniformity`, `code_perplexity`    |
 
 Arrays may be NumPy's or torch's; work is done where the tensors are, and all-pairs similarities
-are held a few rows at a time. What has to be learned from the features is in `probes.py`.
+are held a few rows at a time, but for `uniformity`, which is made for batches. What has to be
+learned from the features is in `probes.py`.
 
 Axes: items; dim: width of a feature; codes; pairs.
 """
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from selfsup.errors import DataError
 from selfsup.evaluation.features import Array, as_features, labelled_features
+from selfsup.methods.ops import alignment as alignment
+from selfsup.methods.ops import uniformity as uniformity
 
 SIMILARITIES = 2**22  # of all pairs, so many are held at once: some 200 MB with their ranks
 
@@ -289,29 +292,6 @@ def equal_error_rate(
 
 
 # Diagnostics
-
-
-@torch.no_grad()
-def alignment(x: Float[Tensor, "items dim"], y: Float[Tensor, "items dim"]) -> Float[Tensor, ""]:
-    """Mean squared distance of two views of every item on the unit sphere; 0 is best.
-
-    Wang and Isola 2020 (arXiv 2005.10242), section 4.1, with alpha = 2.
-    """
-    return (_unit(x) - _unit(y)).square().sum(1).mean()
-
-
-@torch.no_grad()
-def uniformity(x: Float[Tensor, "items dim"], t: float = 2.0) -> Float[Tensor, ""]:
-    """Log of the mean over pairs of exp(-t * squared distance) on the unit sphere.
-
-    0 where all items are one point, about -2 t on a sphere of many dimensions that is covered
-    evenly; the lower the better. Wang and Isola 2020 (arXiv 2005.10242), section 4.1.
-    """
-    points = _unit(x)
-    total = torch.zeros((), dtype=torch.float64, device=points.device)
-    for _, cosine in _similarities(points):
-        total += (t * (2 * cosine - 2)).exp().sum(dtype=torch.float64)
-    return (total / (len(points) * (len(points) - 1))).log().float()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Maths that several methods share: projection heads, moving averages, similarities."""
+"""Maths that several methods share: projection heads, moving averages, similarities, collapse."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from selfsup.models.batch_norm import BatchNorm
 
 
-def projection_head(dims: Sequence[int], last_norm: bool = False) -> nn.Sequential:
+def projection_head(
+    dims: Sequence[int], last_norm: bool = False, last_bias: bool = True
+) -> nn.Sequential:
     """Linear layers with batch normalisation and ReLU between them.
 
     Args:
         dims: widths, input first: (512, 2048, 128) is one hidden layer.
         last_norm: also normalise the output, without factor and offset (SimSiam, MoCo v3).
+        last_bias: the last layer has a bias, unless it is normalised.
 
     >>> projection_head((8, 16, 4))(torch.zeros(2, 8)).shape
     torch.Size([2, 4])
@@ -24,7 +28,7 @@ def projection_head(dims: Sequence[int], last_norm: bool = False) -> nn.Sequenti
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(dims[:-1]):
         layers += [nn.Linear(inputs, outputs, bias=False), BatchNorm(outputs), nn.ReLU()]
-    layers.append(nn.Linear(dims[-2], dims[-1], bias=not last_norm))
+    layers.append(nn.Linear(dims[-2], dims[-1], bias=last_bias and not last_norm))
     if last_norm:
         layers.append(BatchNorm(dims[-1], affine=False))
     return nn.Sequential(*layers)
@@ -63,3 +67,46 @@ def target_deviation(features: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """
     unit = F.normalize(features.detach().float(), dim=1)
     return unit.std(0, unbiased=False).mean() * features.shape[1] ** 0.5
+
+
+@torch.no_grad()
+def alignment(x: Float[Tensor, "items dim"], y: Float[Tensor, "items dim"]) -> Float[Tensor, ""]:
+    """Mean squared distance of two views of every item on the unit sphere; 0 is best.
+
+    Wang and Isola 2020 (arXiv 2005.10242), section 4.1, with alpha = 2.
+    """
+    return (F.normalize(x.float(), dim=1) - F.normalize(y.float(), dim=1)).square().sum(1).mean()
+
+
+@torch.no_grad()
+def uniformity(x: Float[Tensor, "items dim"], t: float = 2.0) -> Float[Tensor, ""]:
+    """Log of the mean over pairs of exp(-t * squared distance) on the unit sphere.
+
+    0 where all items are one point, about -2 t on a sphere of many dimensions that is covered
+    evenly; the lower the better. NaN for a single item. Wang and Isola 2020 (arXiv 2005.10242),
+    section 4.1.
+    """
+    unit = F.normalize(x.float(), dim=1)
+    with torch.autocast(x.device.type, enabled=False):  # it would round the cosines
+        cosine = (unit @ unit.T).fill_diagonal_(-torch.inf)  # (items, items)
+    if len(x) < 2:
+        return cosine.new_tensor(math.nan)
+    return (2 * t * (cosine - 1)).flatten().logsumexp(0) - math.log(len(x) * (len(x) - 1))
+
+
+def view_diagnostics(
+    first: Float[Tensor, "batch dim"], second: Float[Tensor, "batch dim"]
+) -> dict[str, Tensor]:
+    """Held-out metrics of methods with two views: do views meet, and do pictures keep apart?
+
+    `uniformity` is the mean of both views', over the pictures of one batch and rank: batches of
+    another size give slightly other values. Of a single picture there is only `alignment`.
+
+    Args:
+        first, second: projections of the online network, of any length; row i of both shows
+            picture i.
+    """
+    found = {"alignment": alignment(first, second)}
+    if len(first) > 1:
+        found["uniformity"] = (uniformity(first) + uniformity(second)) / 2
+    return found

@@ -159,6 +159,17 @@ def augment(
     return view
 
 
+def view_pair(
+    image: Float[Tensor, "batch channel height width"]
+    | UInt8[Tensor, "batch channel height width"],
+    first: ViewConfig,
+    second: ViewConfig,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Two views of each picture, the first one drawn first; see `augment`."""
+    return augment(image, first, generator), augment(image, second, generator)
+
+
 def draw_boxes(
     num_boxes: int, height: int, width: int, config: ViewConfig, generator: torch.Generator
 ) -> Float[Tensor, "batch 4"]:

@@ -70,7 +70,7 @@ def input_shape(spec: Spec) -> tuple[int, ...]:
     raise ConfigError(f"no input shape for {type(spec).__name__}")
 
 
-def standardised(batch: Batch, spec: Spec) -> Float[Tensor, "batch *value"]:
+def standardised(batch: Batch, spec: Spec) -> Float[Tensor, " batch *value"]:
     """The input on the standardised scale, float32; NaN where a series has no value."""
     values = batch[input_field(spec)]
     if not isinstance(spec, ImageSpec):
@@ -80,7 +80,7 @@ def standardised(batch: Batch, spec: Spec) -> Float[Tensor, "batch *value"]:
     return (scaled - mean) / std
 
 
-def input_batch(batch: Batch, values: Float[Tensor, "batch *value"], spec: Spec) -> Batch:
+def input_batch(batch: Batch, values: Float[Tensor, " batch *value"], spec: Spec) -> Batch:
     """The batch with other values, given on the standardised scale: what an encoder can read.
 
     Pictures become floats that are not clamped to [0, 1]: encoders standardise them again.
@@ -91,7 +91,7 @@ def input_batch(batch: Batch, values: Float[Tensor, "batch *value"], spec: Spec)
     return {**batch, input_field(spec): values}
 
 
-def target(batch: Batch, spec: Spec) -> Float[Tensor, "batch *value"]:
+def target(batch: Batch, spec: Spec) -> Float[Tensor, " batch *value"]:
     """What a decoder should give, in its shape; NaN where a series has no value or has ended.
 
     Raises:

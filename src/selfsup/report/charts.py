@@ -4,6 +4,7 @@ Colours are classes: `c0` pre-trained, `c1` scratch, `c2` baseline, the same in 
 `k0` to `k8` are labels of an embedding map and runs that are laid over each other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -257,6 +258,47 @@ def embedding_map(
             point[0], point[1], label_color(number), tip, radius=3.6, shape=label_shape(number)
         )
     return plot.render()
+
+
+def score_histogram(name: str, found: Row, width: int, height: int) -> str:
+    """Shares of normal items and of anomalies by score, and the threshold as a line."""
+    edges, threshold, log = found["edges"], found["threshold"], bool(found.get("log"))
+    shares = [np.array(found[part]) / max(1, sum(found[part])) for part in ("normal", "abnormal")]
+    top = max(float(max(part.max() for part in shares)), 1e-9)
+    plot = Plot(
+        f"Histogram of {name}",
+        (edges[0], edges[-1]),
+        (0.0, 1.08 * top),
+        width=width,
+        height=height,
+        log_x=log,
+        x_ticks=log_ticks(edges[0], edges[-1]) if log else None,
+        x_title=f"{name}{' (log scale)' if log else ''}",
+        y_title="share of the items",
+    )
+    xs = np.repeat(edges, 2)[1:-1].tolist()  # every bin from its left to its right edge
+    for place, part in enumerate(shares):
+        ys = np.repeat(part, 2).tolist()
+        plot.band(xs, [0.0] * len(xs), ys, f"full {label_color(place)}")
+        plot.line(xs, ys, f"normal {label_color(place)}")
+    at = plot.x(threshold)
+    plot.line((threshold, threshold), (0.0, 1.08 * top), "reference")
+    side, shift = ("end", -7) if at > width / 2 else ("", 7)
+    plot.label_at(at + shift, plot.y(1.08 * top) + 10, "threshold", f"tick {side}".strip())
+    return plot.render()
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten in [low, high], with 2 and 5 times them where there are few.
+
+    >>> log_ticks(0.5, 200), log_ticks(1, 10)
+    ([1.0, 10.0, 100.0], [1.0, 2.0, 5.0, 10.0])
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [float(f"{lead}e{power}") for power in powers for lead in (1, 2, 5)]
+    found = [value for value in found if low <= value <= high]
+    tens = [value for value in found if math.log10(value) % 1 == 0]
+    return tens if len(tens) > 2 else found
 
 
 def losses_of_runs(runs: Sequence[Run], width: int, height: int) -> str:

@@ -17,7 +17,7 @@ ARM_NAMES = {
     "scratch": "from scratch",
     "baseline": "classical baseline",
 }
-LOWER_IS_BETTER = ("loss", "mse", "rmse", "mae", "error", "perplexity")
+LOWER_IS_BETTER = ("loss", "mse", "rmse", "mae", "error", "eer", "perplexity")
 # Student's t, two-sided 95%, for 1 to 9 degrees of freedom; `t95` has a series for more.
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 Z95 = 1.959964

@@ -9,11 +9,12 @@ from selfsup.errors import ConfigError
 from selfsup.files import write_text
 from selfsup.report import charts, sections
 from selfsup.report.evidence import ARM_NAMES, verdict
+from selfsup.report.examples import examples
 from selfsup.report.markup import code, rounded, section, text, tiles
 from selfsup.report.runs import Run, finite, read_run
 
-# The page may show a style and pictures that are inside it: no script, no request.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# The page may show style, pictures and sounds that are inside it: no script, no request.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
 DATES = ("date", "finished", "started", "created")
 
 
@@ -167,11 +168,12 @@ def _run_sections(run: Run, prefix: str) -> tuple[list[tuple[str, str]], str]:
         anchor = f"{prefix}finetuning{suffix}"
         parts.append((anchor, "Fine-tuning", sections.finetuning(compare, anchor)))
     for name, build in (
+        ("Anomalies", sections.anomalies),
         ("Training", sections.training),
         ("Speed", sections.speed),
         ("Features", sections.probe),
         ("Map", sections.embeddings),
-        ("Pictures", sections.pictures),
+        ("Examples", examples),
         ("Blanks", sections.fills),
         ("Samples", sections.samples),
         ("Data", sections.facts),
@@ -253,7 +255,14 @@ def _missing(run: Run, anchor: str) -> str:
         compare = f"selfsup compare {folder} --task classification --data train.csv"
         writes = run.kind == "causal_language"
         of_text = run.values.get("data", {}).get("name", "text") == "text"
+        detect = f"selfsup evaluate {folder} --data test.csv --label LABEL"
         lacking += [
+            (
+                "anomaly" in run.values and not run.anomaly,
+                "anomaly.json",
+                "how well it tells anomalies",
+                detect,
+            ),
             (not run.compares, "compare.json", "what the pre-training is worth", compare),
             (
                 of_text and not run.fills and not writes,

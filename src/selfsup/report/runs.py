@@ -51,8 +51,8 @@ class Run:
         values: the sections of `run.toml`.
         metrics, speed: rows in the order of their steps, one per (split, step).
         compares: the `compare*.json` files by name.
-        fills, samples, pictures, probe, embeddings: the content of those files, None where there
-            is none.
+        fills, samples, pictures, probe, anomaly, embeddings: the content of those files, None
+            where there is none.
         warnings: what a reader must see first.
     """
 
@@ -65,6 +65,7 @@ class Run:
     samples: list[Row] | None
     pictures: list[Row] | None
     probe: Row | None
+    anomaly: Row | None
     embeddings: Row | None
     warnings: list[str]
 
@@ -122,6 +123,7 @@ def read_run(folder: Path) -> Run:
         samples=_json(folder / "samples.json", list, ("prompt", "text")),
         pictures=_json(folder / "pictures.json", list, ("title", "rows")),
         probe=_json(folder / "probe.json", dict, ("scores",)),
+        anomaly=_anomaly(folder / "anomaly.json"),
         embeddings=_embeddings(folder / "embeddings.json"),
         warnings=warnings + cut_metrics + cut_speed,
     )
@@ -180,6 +182,23 @@ def _embeddings(path: Path) -> Row | None:
     for point in found["points"] + (found.get("untrained_points") or []):
         if len(point) != 2 or not all(map(finite, point)):
             raise CheckpointError(f"{path}: a point is {point}, must be two finite numbers")
+    return found
+
+
+def _anomaly(path: Path) -> Row | None:
+    """Scores and histograms of detectors, their numbers checked."""
+    found = _json(path, dict, ("scores", "histograms"))
+    for name, histogram in (found or {"histograms": {}})["histograms"].items():
+        edges, threshold = histogram.get("edges", []), histogram.get("threshold")
+        counts = [histogram.get(part, []) for part in ("normal", "abnormal")]
+        numbers = [threshold, *edges, *counts[0], *counts[1]]
+        if not edges or {len(part) + 1 for part in counts} != {len(edges)}:
+            raise CheckpointError(
+                f"{path}: histograms.{name} must hold one edge more than counts; run "
+                "`selfsup evaluate` again"
+            )
+        if not all(map(finite, numbers)):
+            raise CheckpointError(f"{path}: histograms.{name} holds what is no finite number")
     return found
 
 

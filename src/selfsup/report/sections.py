@@ -5,6 +5,7 @@ from typing import Any
 
 from selfsup.report import charts
 from selfsup.report.evidence import (
+    LOWER_IS_BETTER,
     arm_name,
     arm_order,
     difference,
@@ -13,12 +14,22 @@ from selfsup.report.evidence import (
     signed,
     verdict,
 )
-from selfsup.report.markup import flattened, pairs, records, rounded, section, text
+from selfsup.report.markup import flattened, number, pairs, records, rounded, section, text
 from selfsup.report.runs import Compare, Row, Run, finite
 from selfsup.report.svg import marker
 
 SHOWN_ELSEWHERE = ("environment", "facts", "command")
 MAX_SAMPLES = 12
+
+PROBES = {
+    "knn": "accuracy of the nearest neighbours",
+    "linear": "of a linear map",
+    "mix": "of a linear map on a learned weighted sum of all layers",
+    "few": "of a linear map with few labels of each class and group",
+    "eer": "error rate of telling groups apart (lower is better)",
+    "mse": "mean squared error (lower is better)",
+    "mae": "mean absolute error (lower is better)",
+}
 
 
 def evidence(compare: Compare, anchor: str, title: str) -> str:
@@ -235,7 +246,10 @@ def probe(run: Run, anchor: str) -> str:
         return ""
     scores = run.probe["scores"]
     kinds = list(dict.fromkeys(kind for found in scores.values() for kind in found))
-    best = {k: max(found.get(k, float("-inf")) for found in scores.values()) for k in kinds}
+    best = {
+        k: (min if k in LOWER_IS_BETTER else max)(f[k] for f in scores.values() if k in f)
+        for k in kinds
+    }
     rows = ""
     for name, found in scores.items():
         cells = ""
@@ -245,10 +259,15 @@ def probe(run: Run, anchor: str) -> str:
             cells += f"<td{bold}>{'–' if value is None else f'{value:.3f}'}</td>"
         rows += f'<tr><th scope="row">{text(arm_name(name))}</th>{cells}</tr>'
     head = "".join(f"<th>{text(kind)}</th>" for kind in kinds)
-    lead = (
-        f"Accuracy on {run.probe.get('test_size', 0):,} test examples of classifiers on frozen "
-        "vectors: the k nearest neighbours, and a linear map."
-    )
+    size = run.probe.get("test_size", 0)
+    known = [f"<b>{text(kind)}</b>: {PROBES[kind]}" for kind in kinds if kind in PROBES]
+    lead = f"Frozen vectors, and simple models on them, scored on {size:,} test examples. "
+    if "horizon" in run.probe:
+        lead = (
+            f"Forecasts of {run.probe['horizon']} rows by a linear map, over all {size:,} test "
+            "windows, on the standardised scale. "
+        )
+    lead += "; ".join(known) + "."
     table = (
         '<div class="scroll"><table><thead><tr><th>features</th>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -256,24 +275,48 @@ def probe(run: Run, anchor: str) -> str:
     return section(anchor, "Frozen features", lead, table)
 
 
-def pictures(run: Run, anchor: str) -> str:
-    """Panels of small pictures, row by row."""
-    if not run.pictures:
+def anomalies(run: Run, anchor: str) -> str:
+    """How far apart normal items and anomalies lie, and detectors side by side."""
+    if not run.anomaly:
         return ""
-    panels = ""
-    for panel in run.pictures:
-        rows = "".join(
-            f'<div class="strip">{"".join(_picture(uri) for uri in row)}</div>'
-            for row in panel["rows"]
-        )
-        lead = f'<p class="note">{text(panel.get("lead", ""))}</p>'
-        panels += f"<figure><h3>{text(panel['title'])}</h3>{lead}{rows}</figure>"
-    return section(anchor, "Pictures", "", f'<div class="grid pair">{panels}</div>')
+    found, histograms = run.anomaly, run.anomaly["histograms"]
+    legend = "".join(
+        f'<li class="{charts.label_color(place)}"><svg viewBox="0 0 12 12" aria-hidden="true">'
+        f"{marker(6, 6, 4, 1, 'dot')}</svg>{name} items "
+        f"<small>{text(number(found.get(key, '')))}</small></li>"
+        for place, (name, key) in enumerate((("normal", "normals"), ("unusual", "anomalies")))
+    )
+    main, *others = histograms
+    drawn = charts.both_widths(lambda w, h: charts.score_histogram(main, histograms[main], w, h))
+    figure = f'<ul class="legend">{legend}</ul><figure>{drawn}</figure>'
+    small = [charts.score_histogram(name, histograms[name], 380, 230) for name in others]
+    more = f"<details><summary>The other detectors</summary>{_grid(small, 'small')}</details>"
+    lead = (
+        "Share of the items of each kind by their score. What lies right of the threshold is "
+        "called an anomaly; the threshold was set on held-out items, so that at most 1% of them "
+        f"lie beyond it. Labelled items: {text(found.get('data', ''))}."
+    )
+    body = figure + (more if others else "") + _detector_table(found["scores"])
+    return section(anchor, "Normal items and anomalies", lead, body)
 
 
-def _picture(uri: Any) -> str:
-    inside = str(uri).startswith("data:image/png;base64,")  # nothing is fetched from elsewhere
-    return f'<img alt="" src="{text(uri)}">' if inside else ""
+def _detector_table(scores: dict[str, dict[str, float]]) -> str:
+    """Ranking quality, the best bold; then what lies above the threshold."""
+    names = ("auroc", "average_precision", "normals_flagged", "anomalies_caught")
+    best = {name: max(found[name] for found in scores.values()) for name in names[:2]}
+    rows = ""
+    for detector, found in scores.items():
+        cells = ""
+        for name in names:
+            bold = ' class="best"' if found[name] == best.get(name) else ""
+            cells += f"<td{bold}>{found[name]:.3f}</td>"
+        rows += f'<tr><th scope="row">{text(detector)}</th>{cells}</tr>'
+    titles = ("AUROC", "average precision", "normal items flagged", "anomalies caught")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return (
+        '<div class="scroll"><table><thead><tr><th>detector</th>'
+        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def facts(run: Run, anchor: str) -> str:

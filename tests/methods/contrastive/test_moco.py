@@ -2,9 +2,6 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -296,35 +293,13 @@ def queue_after(num_steps: int, rows: slice) -> dict[str, Tensor]:
     return snapshot(method)
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int) -> dict[str, Tensor]:
     """What each of the two processes runs."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    torch.save(queue_after(2, slice(3 * rank, 3 * rank + 3)), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return queue_after(2, slice(3 * rank, 3 * rank + 3))
 
 
-# Imports once, for most of the time goes there, and forks before torch has any threads.
-LAUNCH = """
-import os, runpy, sys
-one_rank = runpy.run_path(sys.argv[1])["one_rank"]
-child = os.fork()
-one_rank(int(child == 0), sys.argv[2])
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
-"""
-
-
-def test_queue_is_equal_on_all_ranks_and_holds_the_keys_of_all(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, __file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_queue_is_equal_on_all_ranks_and_holds_the_keys_of_all(on_two_ranks):
+    first, second = on_two_ranks(one_rank)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
     expected = queue_after(2, slice(None))

@@ -5,52 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard
-from torch import Tensor, nn
+from torch import Tensor
 
-from selfsup.batch import ImageSpec
-from selfsup.errors import ConfigError
 from selfsup.methods.regularized.barlow_twins import (
     BarlowTwins,
     Config,
     cross_correlation,
     distance_to_identity,
 )
-from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, NO_CHANGE, augment
-from selfsup.models.encoder import Encoder, Features
-from selfsup.randomness import isolated, seed_layers, torch_generator
+from selfsup.methods.views import NO_CHANGE
+from selfsup.randomness import torch_generator
 
-SPEC = ImageSpec(size=8, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 SMALL = Config(
     hidden_dim=16, projection_dim=6, views_a=NO_CHANGE, views_b=replace(NO_CHANGE, flip=1.0)
 )
-
-
-class Quarters(Encoder):
-    """The mean colours of each quarter of a picture; remembers what it was shown."""
-
-    dim, num_layers = 12, 0
-
-    def __init__(self):
-        super().__init__()
-        self.shown: list[Tensor] = []
-
-    def forward(self, batch):
-        self.shown.append(batch["image"])
-        pooled = nn.functional.adaptive_avg_pool2d(batch["image"], 2).flatten(1)
-        mask = torch.ones(len(pooled), 1, dtype=torch.bool)
-        return Features((pooled.unsqueeze(1),), mask, pooled)
-
-
-def build(config: Config = SMALL) -> BarlowTwins:
-    with isolated():
-        seed_layers(0, "model")
-        return BarlowTwins(config, Quarters(), SPEC)
-
-
-def pictures(size: int = 10) -> Tensor:
-    shape = (size, 3, 8, 8)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch_generator(0, "pictures"))
 
 
 def embeddings(size: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -92,11 +60,6 @@ def terms(first: Tensor, second: Tensor) -> tuple[float, float]:
     return on.item(), off.item()
 
 
-def balanced(size: int, dim: int) -> Tensor:
-    """Columns of +1 and -1 with mean 0 that are orthogonal to each other."""
-    return torch.tensor(hadamard(size)[:, 1 : dim + 1], dtype=torch.float32)
-
-
 @pytest.mark.parametrize(("size", "dim"), [(2, 3), (9, 1), (12, 5), (5, 12)])
 def test_terms_equal_loops(size, dim):
     first, second = embeddings(size, dim)
@@ -129,7 +92,7 @@ def test_gradient_equals_finite_differences():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_equal_views_without_redundancy_are_perfect():
+def test_equal_views_without_redundancy_are_perfect(balanced):
     on, off = terms(balanced(8, 5), balanced(8, 5))
     assert on < 1e-9
     assert off < 1e-9
@@ -143,12 +106,12 @@ def test_a_constant_embedding_correlates_with_nothing():
     assert first.grad.isfinite().all()
 
 
-def test_dimensions_that_say_the_same_are_all_off_the_diagonal():
+def test_dimensions_that_say_the_same_are_all_off_the_diagonal(balanced):
     same = balanced(8, 1).expand(8, 5)
     np.testing.assert_allclose(terms(same, same), (0, 5 * 4), rtol=0, atol=1e-3)
 
 
-def test_opposite_views_are_worse_than_unrelated_ones():
+def test_opposite_views_are_worse_than_unrelated_ones(balanced):
     np.testing.assert_allclose(terms(balanced(8, 3), -balanced(8, 3)), (4 * 3, 0), atol=1e-3)
     unrelated = balanced(8, 7)[:, 4:]
     np.testing.assert_allclose(terms(balanced(8, 3), unrelated), (3, 0), atol=1e-6)
@@ -169,8 +132,8 @@ def test_matrix_is_float32_under_autocast():
     assert torch.equal(got, cross_correlation(first.float(), second.float()))
 
 
-def test_loss_is_the_formula_for_the_two_views():
-    objective = build(replace(SMALL, redundancy_weight=0.3, scale=0.024)).eval()
+def test_loss_is_the_formula_for_the_two_views(build, pictures):
+    objective = build(BarlowTwins, replace(SMALL, redundancy_weight=0.3, scale=0.024)).eval()
     image = pictures()
     output = objective.loss({"image": image}, torch_generator(0, "loss"))
     views = [image / 255, image.flip(-1) / 255]
@@ -187,32 +150,9 @@ def test_loss_is_the_formula_for_the_two_views():
     assert not any(metric.requires_grad for metric in output.metrics.values())
 
 
-def test_views_take_turns():
-    config = replace(SMALL, views_a=BYOL_FIRST, views_b=BYOL_SECOND)
-    objective = build(config).train()
-    objective.loss({"image": pictures()}, torch_generator(0, "loss"))
-    generator = torch_generator(0, "loss")
-    expected = [augment(pictures(), each, generator) for each in (BYOL_FIRST, BYOL_SECOND)]
-    assert all(map(torch.equal, objective.encoder.shown, expected))
-    assert len(objective.encoder.shown) == objective.head[1].num_batches_tracked == 2
-
-
 def test_defaults_are_the_papers():
     config = Config()
     assert (config.redundancy_weight, config.scale) == (0.0051, 1.0)
-    assert (config.hidden_dim, config.projection_dim) == (8192, 8192)
-    assert (config.views_a, config.views_b) == (BYOL_FIRST, BYOL_SECOND)
-
-
-def test_projector_has_three_layers_without_offsets():
-    linear = [layer for layer in build().head if isinstance(layer, nn.Linear)]
-    assert [tuple(layer.weight.shape) for layer in linear] == [(16, 12), (16, 16), (6, 16)]
-    assert [layer.bias for layer in linear] == [None] * 3
-
-
-def test_one_example_cannot_correlate():
-    with pytest.raises(ConfigError, match=r"barlow_twins .* training.batch_size >= 2"):
-        build().loss({"image": pictures(1)}, torch_generator(0, "loss"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("redundancy_weight", -0.1), ("scale", 0.0)])

@@ -5,11 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import hadamard
-from torch import Tensor, nn
+from torch import Tensor
 
-from selfsup.batch import ImageSpec
-from selfsup.errors import ConfigError
 from selfsup.methods.regularized.vicreg import (
     Config,
     VICReg,
@@ -17,41 +14,12 @@ from selfsup.methods.regularized.vicreg import (
     variance_hinge,
     vicreg_terms,
 )
-from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, NO_CHANGE, augment
-from selfsup.models.encoder import Encoder, Features
-from selfsup.randomness import isolated, seed_layers, torch_generator
+from selfsup.methods.views import NO_CHANGE
+from selfsup.randomness import torch_generator
 
-SPEC = ImageSpec(size=8, channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 SMALL = Config(
     hidden_dim=16, projection_dim=6, views_a=NO_CHANGE, views_b=replace(NO_CHANGE, flip=1.0)
 )
-
-
-class Quarters(Encoder):
-    """The mean colours of each quarter of a picture; remembers what it was shown."""
-
-    dim, num_layers = 12, 0
-
-    def __init__(self):
-        super().__init__()
-        self.shown: list[Tensor] = []
-
-    def forward(self, batch):
-        self.shown.append(batch["image"])
-        pooled = nn.functional.adaptive_avg_pool2d(batch["image"], 2).flatten(1)
-        mask = torch.ones(len(pooled), 1, dtype=torch.bool)
-        return Features((pooled.unsqueeze(1),), mask, pooled)
-
-
-def build(config: Config = SMALL) -> VICReg:
-    with isolated():
-        seed_layers(0, "model")
-        return VICReg(config, Quarters(), SPEC)
-
-
-def pictures(size: int = 10) -> Tensor:
-    shape = (size, 3, 8, 8)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch_generator(0, "pictures"))
 
 
 def embeddings(size: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -101,11 +69,6 @@ def terms(first: Tensor, second: Tensor) -> list[float]:
     return [term.item() for term in vicreg_terms(first, second)]
 
 
-def balanced(size: int, dim: int) -> Tensor:
-    """Columns of +1 and -1 with mean 0 that are orthogonal to each other."""
-    return torch.tensor(hadamard(size)[:, 1 : dim + 1], dtype=torch.float32)
-
-
 @pytest.mark.parametrize(("size", "dim"), [(2, 3), (9, 1), (12, 5), (5, 12)])
 def test_terms_equal_loops(size, dim):
     pair = embeddings(size, dim)
@@ -142,7 +105,7 @@ def test_gradient_equals_finite_differences():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_views_that_are_spread_and_uncorrelated_are_perfect():
+def test_equal_views_that_are_spread_and_uncorrelated_are_perfect(balanced):
     assert terms(balanced(8, 5), balanced(8, 5)) == [0, 0, 0]
 
 
@@ -155,7 +118,7 @@ def test_a_collapsed_embedding_has_only_a_variance_term():
     assert first.grad.isfinite().all()
 
 
-def test_the_hinge_lets_go_where_the_deviation_is_1():
+def test_the_hinge_lets_go_where_the_deviation_is_1(balanced):
     unit = balanced(8, 3) * (7 / 8) ** 0.5  # of variance 1
     for factor in (0.1, 0.5, 0.9):
         expected = 1 - (factor**2 + 1e-4) ** 0.5
@@ -165,7 +128,7 @@ def test_the_hinge_lets_go_where_the_deviation_is_1():
     assert not wide.grad.any()
 
 
-def test_dimensions_that_say_the_same_have_all_covariances():
+def test_dimensions_that_say_the_same_have_all_covariances(balanced):
     same = balanced(8, 1).expand(8, 5) * (7 / 8) ** 0.5
     np.testing.assert_allclose(terms(same, same), (0, 0, 2 * 4), rtol=0, atol=1e-5)
 
@@ -187,9 +150,9 @@ def test_terms_are_float32_under_autocast():
     assert all(map(torch.equal, got, vicreg_terms(first.float(), second.float())))
 
 
-def test_loss_is_the_formula_for_the_two_views():
+def test_loss_is_the_formula_for_the_two_views(build, pictures):
     config = replace(SMALL, invariance_weight=3.0, variance_weight=0.5, covariance_weight=20.0)
-    objective, image = build(config).eval(), pictures()
+    objective, image = build(VICReg, config).eval(), pictures()
     with torch.no_grad():
         objective.head[-1].weight.mul_(100)  # or every embedding would be nearly the same
     output = objective.loss({"image": image}, torch_generator(0, "loss"))
@@ -208,33 +171,10 @@ def test_loss_is_the_formula_for_the_two_views():
     assert not any(metric.requires_grad for metric in output.metrics.values())
 
 
-def test_views_take_turns():
-    config = replace(SMALL, views_a=BYOL_FIRST, views_b=BYOL_SECOND)
-    objective = build(config).train()
-    objective.loss({"image": pictures()}, torch_generator(0, "loss"))
-    generator = torch_generator(0, "loss")
-    expected = [augment(pictures(), each, generator) for each in (BYOL_FIRST, BYOL_SECOND)]
-    assert all(map(torch.equal, objective.encoder.shown, expected))
-    assert len(objective.encoder.shown) == objective.head[1].num_batches_tracked == 2
-
-
 def test_defaults_are_the_papers():
     config = Config()
     weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
     assert weights == (25, 25, 1)
-    assert (config.hidden_dim, config.projection_dim) == (8192, 8192)
-    assert (config.views_a, config.views_b) == (BYOL_FIRST, BYOL_SECOND)
-
-
-def test_expander_has_three_layers_without_offsets():
-    linear = [layer for layer in build().head if isinstance(layer, nn.Linear)]
-    assert [tuple(layer.weight.shape) for layer in linear] == [(16, 12), (16, 16), (6, 16)]
-    assert [layer.bias for layer in linear] == [None] * 3
-
-
-def test_one_example_has_no_variance():
-    with pytest.raises(ConfigError, match=r"vicreg .* training.batch_size >= 2"):
-        build().loss({"image": pictures(1)}, torch_generator(0, "loss"))
 
 
 @pytest.mark.parametrize("term", ["invariance", "variance", "covariance"])

@@ -61,8 +61,8 @@ class Config:
 
 
 def damaged(
-    values: Float[Tensor, "batch *value"], noise: float, drop: float, generator: torch.Generator
-) -> Float[Tensor, "batch *value"]:
+    values: Float[Tensor, " batch *value"], noise: float, drop: float, generator: torch.Generator
+) -> Float[Tensor, " batch *value"]:
     """Values with noise, a share of them 0, exact to one value per input; NaN stays NaN."""
     if noise:
         drawn = torch.empty_like(values).normal_(generator=generator)
@@ -75,8 +75,8 @@ def damaged(
 
 
 def squared_errors(
-    rebuilt: Float[Tensor, "batch *value"], wanted: Float[Tensor, "batch *value"]
-) -> Float[Tensor, "batch *value"]:
+    rebuilt: Float[Tensor, " batch *value"], wanted: Float[Tensor, " batch *value"]
+) -> Float[Tensor, " batch *value"]:
     """Squared differences, float32; 0 where there is no value (NaN)."""
     rebuilt = rebuilt.float()
     # compared with itself, a missing value has neither error nor gradient
@@ -84,7 +84,7 @@ def squared_errors(
 
 
 def mean_errors(
-    rebuilt: Float[Tensor, "batch *value"], wanted: Float[Tensor, "batch *value"]
+    rebuilt: Float[Tensor, " batch *value"], wanted: Float[Tensor, " batch *value"]
 ) -> Float[Tensor, " batch"]:
     """The mean of each input's squared errors over the values that it has."""
     errors = squared_errors(rebuilt, wanted).flatten(1).sum(1)
@@ -111,12 +111,12 @@ class Autoencoder(Objective):
         return Output(errors.mean(), len(errors), {"rmse": errors.detach().sqrt().mean()})
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Float[Tensor, "batch *value"]:
+    def reconstruct(self, batch: Batch) -> Float[Tensor, " batch *value"]:
         """The inputs as rebuilt from their undamaged selves, on the standardised scale."""
         return self._rebuild(batch).float()
 
     @torch.no_grad()
-    def errors(self, batch: Batch) -> Float[Tensor, "batch *value"]:
+    def errors(self, batch: Batch) -> Float[Tensor, " batch *value"]:
         """Squared errors of every value, standardised scale; 0 where there is no value.
 
         For table rows, column i of the result belongs to table column `spec.source[i]`.

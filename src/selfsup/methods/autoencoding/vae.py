@@ -75,8 +75,8 @@ def divergence(
 
 
 def negative_log_likelihood(
-    values: Float[Tensor, "batch *value"],
-    mean: Float[Tensor, "batch *value"],
+    values: Float[Tensor, " batch *value"],
+    mean: Float[Tensor, " batch *value"],
     log_sigma: Float[Tensor, ""],
 ) -> Float[Tensor, " batch"]:
     """-log N(values; mean, sigma^2), summed over the values that are there (not NaN), nats."""
@@ -155,7 +155,7 @@ class VAE(Objective):
         return self.mean(pooled).float(), self.log_variance(pooled).float()
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch) -> Float[Tensor, "batch *value"]:
+    def reconstruct(self, batch: Batch) -> Float[Tensor, " batch *value"]:
         """The inputs as rebuilt from the means of their codes, on the standardised scale."""
         return self.decoder(self.posterior(batch)[0]).float()
 

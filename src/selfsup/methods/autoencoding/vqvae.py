@@ -128,6 +128,17 @@ class VQVAE(Objective):
         return self._decode(self.quantizer.lookup(self.codes(batch)).flatten(1, 2)).float()
 
     @torch.no_grad()
+    def interpolate(
+        self, batch_a: Batch, batch_b: Batch, steps: int
+    ) -> Float[Tensor, "batch {steps} channel height width"]:
+        """From the codes nearest to points on the lines between two pictures' vectors."""
+        first, second = self.vectors(batch_a), self.vectors(batch_b)
+        share = torch.linspace(0, 1, steps, device=first.device).view(-1, 1, 1)
+        vectors = torch.lerp(first.unsqueeze(1), second.unsqueeze(1), share)
+        codes = self.quantizer.codes(vectors.flatten(0, 1))  # (batch * steps, position)
+        return self._decode(self.quantizer.lookup(codes)).float().unflatten(0, (-1, steps))
+
+    @torch.no_grad()
     def codes(self, batch: Batch) -> Int[Tensor, "batch grid grid"]:
         """The number of the code at each place of the map."""
         return self.quantizer.codes(self.vectors(batch)).unflatten(1, (self.grid, self.grid))

@@ -40,8 +40,9 @@ from selfsup.methods.ops import (
     move_average,
     projection_head,
     target_deviation,
+    view_diagnostics,
 )
-from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, ViewConfig, augment
+from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, ViewConfig, view_pair
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
 
@@ -102,15 +103,18 @@ class BYOL(Objective):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Each view predicts the teacher's projection of the other; the sum of both losses."""
-        size = len(batch["image"])
+        config, size = self.config, len(batch["image"])
         if self.training and size * ranks.count() < 2:
             raise ConfigError("byol normalises over the batch: training.batch_size >= 2")
-        kinds = (self.config.views_a, self.config.views_b)
-        views = [augment(batch["image"], kind, generator) for kind in kinds]
-        first, second = (self._prediction(view) for view in views)
+        views = view_pair(batch["image"], config.views_a, config.views_b, generator)
+        online = [self.projector(self.encoder({"image": view}).pooled) for view in views]
+        first, second = (self.predictor(projection) for projection in online)
         targets = [self._target(view) for view in views]
         loss = regression_loss(first, targets[1]) + regression_loss(second, targets[0])
-        return Output(loss, size, {"target_deviation": target_deviation(torch.cat(targets))})
+        metrics = {"target_deviation": target_deviation(torch.cat(targets))}
+        if not self.training:
+            metrics |= view_diagnostics(*online)
+        return Output(loss, size, metrics)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
@@ -119,9 +123,6 @@ class BYOL(Objective):
         online = [*self.encoder.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher_encoder.parameters(), *self.teacher_projector.parameters()]
         move_average(teacher, online, momentum)
-
-    def _prediction(self, view: Tensor) -> Tensor:
-        return self.predictor(self.projector(self.encoder({"image": view}).pooled))
 
     @torch.no_grad()
     def _target(self, view: Tensor) -> Tensor:

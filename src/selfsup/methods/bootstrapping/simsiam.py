@@ -30,8 +30,13 @@ from torch import Tensor
 from selfsup import ranks
 from selfsup.batch import Batch, ImageSpec
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import cosine_similarity, projection_head, target_deviation
-from selfsup.methods.views import MOCO_V2, ViewConfig, augment
+from selfsup.methods.ops import (
+    cosine_similarity,
+    projection_head,
+    target_deviation,
+    view_diagnostics,
+)
+from selfsup.methods.views import MOCO_V2, ViewConfig, view_pair
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
 
@@ -80,9 +85,11 @@ class SimSiam(Objective):
         size = len(batch["image"])
         if self.training and size * ranks.count() < 2:
             raise ConfigError("simsiam normalises over the batch: training.batch_size >= 2")
-        views = [augment(batch["image"], self.config.views, generator) for _ in range(2)]
+        views = view_pair(batch["image"], self.config.views, self.config.views, generator)
         first, second = (self.projector(self.encoder({"image": view}).pooled) for view in views)
         forth = negative_cosine(self.predictor(first), second)
         back = negative_cosine(self.predictor(second), first)
-        deviation = target_deviation(torch.cat([first, second]))
-        return Output((forth + back) / 2, size, {"target_deviation": deviation})
+        metrics = {"target_deviation": target_deviation(torch.cat([first, second]))}
+        if not self.training:
+            metrics |= view_diagnostics(first, second)
+        return Output((forth + back) / 2, size, metrics)

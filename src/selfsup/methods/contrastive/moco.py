@@ -28,6 +28,7 @@ Reference result: none is recorded yet.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -38,8 +39,8 @@ from torch import Tensor, nn
 
 from selfsup import ranks
 from selfsup.batch import Batch, ImageSpec
-from selfsup.methods.ops import frozen, move_average
-from selfsup.methods.views import MOCO_V1, ViewConfig, augment
+from selfsup.methods.ops import frozen, move_average, view_diagnostics
+from selfsup.methods.views import MOCO_V1, ViewConfig, view_pair
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
 
@@ -122,17 +123,18 @@ class MoCo(Objective):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Two views, one of them (or each in turn) the query, InfoNCE against the queue."""
-        views = [augment(batch["image"], self.config.views, generator) for _ in range(2)]
-        if self.config.symmetric:
-            of_queries, of_keys = views, views[::-1]
-        else:
-            of_queries, of_keys = views[:1], views[1:]
-        queries = [self.head(self.encoder({"image": view}).pooled) for view in of_queries]
+        views = view_pair(batch["image"], self.config.views, self.config.views, generator)
+        of_queries: Sequence[Tensor] = views if self.config.symmetric else views[:1]
+        of_keys: Sequence[Tensor] = views[::-1] if self.config.symmetric else views[1:]
+        queries = [self._query(view) for view in of_queries]
         key = torch.cat([self._keys(view) for view in of_keys])
         if self.training:
             self._remember(key)
         loss, accuracy = info_nce(torch.cat(queries), key, self.queue, self.config.temperature)
-        return Output(loss, len(batch["image"]), {"found": accuracy})
+        metrics = {"found": accuracy}
+        if not self.training:
+            metrics |= view_diagnostics(queries[0], self._query(views[1]))
+        return Output(loss, len(batch["image"]), metrics)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
@@ -142,6 +144,9 @@ class MoCo(Objective):
         move_average(teacher, student, self.config.momentum)
         self._enqueue(ranks.gather(torch.cat(self.new_keys)))
         self.new_keys.clear()
+
+    def _query(self, view: Tensor) -> Tensor:
+        return self.head(self.encoder({"image": view}).pooled)
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch import Tensor
 from selfsup import ranks
 from selfsup.batch import Batch, ImageSpec
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import projection_head
-from selfsup.methods.views import ViewConfig, augment
+from selfsup.methods.ops import projection_head, view_diagnostics
+from selfsup.methods.views import ViewConfig, view_pair
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
 
@@ -85,8 +85,11 @@ class SimCLR(Objective):
         size = len(batch["image"])
         if size * ranks.count() < 2:
             raise ConfigError("simclr takes its negatives from the batch: training.batch_size >= 2")
-        views = [augment(batch["image"], self.config.views, generator) for _ in range(2)]
+        views = view_pair(batch["image"], self.config.views, self.config.views, generator)
         projected = self.head(self.encoder({"image": torch.cat(views)}).pooled)
         first, second = projected.chunk(2)
         loss, accuracy = nt_xent(first, second, self.config.temperature)
-        return Output(loss, size, {"found": accuracy})
+        metrics = {"found": accuracy}
+        if not self.training:
+            metrics |= view_diagnostics(first, second)
+        return Output(loss, size, metrics)

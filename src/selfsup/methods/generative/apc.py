@@ -112,3 +112,10 @@ class APC(Objective):
         errors = future_errors(predictions, batch["frames"], features.mask, self.config.shift)
         metrics = {"l1": errors.predicted.detach(), "l1_copy": errors.copied}
         return Output(errors.predicted, errors.total, metrics)
+
+    @torch.no_grad()
+    def look_ahead(self, batch: Batch) -> tuple[Float[Tensor, "batch time mel"], int]:
+        """Each frame as predicted `shift` frames before, and the shift."""
+        frames, shift = batch["frames"].clone(), self.config.shift
+        frames[:, shift:] = self.head(self.encoder(batch).last)[:, :-shift].float()
+        return frames, shift

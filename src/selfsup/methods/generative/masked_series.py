@@ -35,7 +35,7 @@ from selfsup.batch import Batch, SeriesSpec
 from selfsup.errors import ConfigError
 from selfsup.models.embeddings import stacked
 from selfsup.models.transformer import TransformerEncoder, initialise
-from selfsup.objective import Objective, Output
+from selfsup.objective import Objective, Output, Restoration
 
 EPSILON = 1e-5  # added to the variance of a window, as in RevIN
 
@@ -148,6 +148,17 @@ class MaskedSeries(Objective):
         return Output(loss, compared.sum(), metrics)
 
     @torch.no_grad()
+    def restore(self, batch: Batch, generator: torch.Generator) -> Restoration:
+        """Hides patches as the loss does, and predicts every patch."""
+        series, patch = batch["series"], self.encoder.config.patch
+        mean, std = self._statistics(series)
+        hidden = hide(self._real(batch), self.config.mask_rate, generator)
+        restored = self._restored({**batch, "series": (series - mean) / std}, hidden)
+        values = restored.float().unflatten(2, (patch, -1)).flatten(1, 2) * std + mean
+        steps = hidden.repeat_interleave(patch, 1).unsqueeze(-1)  # (batch, time, 1)
+        return Restoration(steps.expand_as(values), values)
+
+    @torch.no_grad()
     def impute(self, batch: Batch) -> Float[Tensor, "batch time channel"]:
         """The series with its missing steps (NaN) predicted; known ones stay as they are.
 
@@ -155,9 +166,7 @@ class MaskedSeries(Objective):
         Padding, and steps behind the last whole patch, are not predicted: they stay NaN.
         """
         series, patch = batch["series"], self.encoder.config.patch
-        mean, std = instance_statistics(series)
-        if not self.config.instance_norm:
-            mean, std = torch.zeros_like(mean), torch.ones_like(std)
+        mean, std = self._statistics(series)
         real = self._real(batch)
         hidden = stacked(series, patch).isnan().any(-1) & real
         restored = self._restored({**batch, "series": (series - mean) / std}, hidden)
@@ -167,6 +176,13 @@ class MaskedSeries(Objective):
         whole = out[:, : values.shape[1]]  # (batch, time, channel)
         whole.copy_(torch.where(whole.isnan(), values, whole))
         return out
+
+    def _statistics(self, series: Tensor) -> tuple[Tensor, Tensor]:
+        """What a window is normalised with: 0 and 1 without instance normalisation."""
+        mean, std = instance_statistics(series)
+        if self.config.instance_norm:
+            return mean, std
+        return torch.zeros_like(mean), torch.ones_like(std)
 
     def _real(self, batch: Batch) -> Bool[Tensor, "batch position"]:
         real = self.encoder.embedding.real(batch)

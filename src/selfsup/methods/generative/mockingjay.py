@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from selfsup.batch import AudioSpec, Batch
@@ -33,7 +33,7 @@ from selfsup.methods.spans import span_mask
 from selfsup.models.embeddings import stacked
 from selfsup.models.recurrent import RecurrentEncoder
 from selfsup.models.transformer import TransformerEncoder
-from selfsup.objective import Objective, Output
+from selfsup.objective import Objective, Output, Restoration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,22 +148,49 @@ class Mockingjay(Objective):
         `weight` is the number of hidden numbers. `l1_mean` is the error of saying the utterance's
         mean of each channel everywhere.
         """
-        stack, config = self.encoder.embedding.stack, self.config
-        target = stacked(batch["frames"], stack)  # (batch, position, width)
-        real = self.encoder.embedding.real(batch)
-        if real is None:
-            real = target.new_ones(target.shape[:2], dtype=torch.bool)
+        target, config = stacked(batch["frames"], self.encoder.embedding.stack), self.config
+        real = self._real(batch, target)
         chosen = span_mask(real, config.mask_rate, config.span, generator, overlap=False)
         shown = corrupt(target, chosen, real, config, generator)
-        hidden = chosen.unsqueeze(-1).expand_as(target)
-        if config.channel_mask:
-            bands = channel_bands(len(target), self.spec.mel, config.channel_mask, generator)
-            banded = bands.repeat(1, stack).unsqueeze(1) & real.unsqueeze(-1)
-            shown, hidden = shown.masked_fill(banded, 0.0), hidden | banded
-        frames = shown.unflatten(2, (stack, -1)).flatten(1, 2)  # (batch, time, mel)
-        restored = self.head(self.encoder({**batch, "frames": frames}).last)
+        banded = self._banded(real, generator)
+        shown, hidden = shown.masked_fill(banded, 0.0), chosen.unsqueeze(-1) | banded
+        restored = self._restored(batch, shown)
         loss = masked_l1(restored, target, hidden)
         weight = real.unsqueeze(-1).float()
         mean = (target * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
         guess = masked_l1(mean.expand_as(target), target, hidden)
         return Output(loss, hidden.sum(), {"l1": loss.detach(), "l1_mean": guess})
+
+    @torch.no_grad()
+    def restore(self, batch: Batch, generator: torch.Generator) -> Restoration:
+        """Makes zero what the loss would choose, and restores it: never replaced, never kept."""
+        target, config = stacked(batch["frames"], self.encoder.embedding.stack), self.config
+        real = self._real(batch, target)
+        chosen = span_mask(real, config.mask_rate, config.span, generator, overlap=False)
+        hidden = chosen.unsqueeze(-1) | self._banded(real, generator)
+        restored = self._restored(batch, target.masked_fill(hidden, 0.0)).float()
+        return Restoration(self._frames(hidden), self._frames(restored))
+
+    def _real(self, batch: Batch, target: Tensor) -> Bool[Tensor, "batch position"]:
+        real = self.encoder.embedding.real(batch)
+        return target.new_ones(target.shape[:2], dtype=torch.bool) if real is None else real
+
+    def _banded(
+        self, real: Bool[Tensor, "batch position"], generator: torch.Generator
+    ) -> Bool[Tensor, "batch position width"]:
+        """True in the hidden bands of channels; False everywhere where none are hidden."""
+        stack, widest = self.encoder.embedding.stack, self.config.channel_mask
+        if not widest:
+            return real.new_zeros(*real.shape, self.spec.mel * stack)
+        bands = channel_bands(len(real), self.spec.mel, widest, generator)
+        return bands.repeat(1, stack).unsqueeze(1) & real.unsqueeze(-1)
+
+    def _frames(
+        self, positions: Shaped[Tensor, "batch position width"]
+    ) -> Shaped[Tensor, "batch time mel"]:
+        return positions.unflatten(2, (self.encoder.embedding.stack, -1)).flatten(1, 2)
+
+    def _restored(
+        self, batch: Batch, shown: Float[Tensor, "batch position width"]
+    ) -> Float[Tensor, "batch position width"]:
+        return self.head(self.encoder({**batch, "frames": self._frames(shown)}).last)

@@ -27,8 +27,8 @@ from torch import Tensor
 from selfsup import ranks
 from selfsup.batch import Batch, ImageSpec
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import projection_head, target_deviation
-from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, ViewConfig, augment
+from selfsup.methods.ops import projection_head, target_deviation, view_diagnostics
+from selfsup.methods.views import BYOL_FIRST, BYOL_SECOND, ViewConfig, view_pair
 from selfsup.models.batch_norm import rank_statistics
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
@@ -95,9 +95,8 @@ class BarlowTwins(Objective):
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()
         self.config, self.encoder = config, encoder
-        hidden = (config.hidden_dim, config.hidden_dim)
-        self.head = projection_head((encoder.dim, *hidden, config.projection_dim))
-        self.head[-1].register_parameter("bias", None)
+        dims = (encoder.dim, config.hidden_dim, config.hidden_dim, config.projection_dim)
+        self.head = projection_head(dims, last_bias=False)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Two views, two forward passes, one matrix for the batch of all ranks."""
@@ -106,7 +105,7 @@ class BarlowTwins(Objective):
             raise ConfigError(
                 "barlow_twins correlates over the examples of a batch: training.batch_size >= 2"
             )
-        views = [augment(image, each, generator) for each in (config.views_a, config.views_b)]
+        views = view_pair(image, config.views_a, config.views_b, generator)
         first, second = (self.head(self.encoder({"image": view}).pooled) for view in views)
         on_diagonal, off_diagonal = distance_to_identity(cross_correlation(first, second))
         loss = config.scale * (on_diagonal + config.redundancy_weight * off_diagonal)
@@ -115,4 +114,6 @@ class BarlowTwins(Objective):
             "off_diagonal": off_diagonal.detach(),
             "target_deviation": target_deviation(first),
         }
+        if not self.training:
+            metrics |= view_diagnostics(first, second)
         return Output(loss, len(image), metrics)
