@@ -160,7 +160,7 @@ class VAE(Objective):
         return self.decoder(self.posterior(batch)[0]).float()
 
     @torch.no_grad()
-    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, "{count} *value"]:
+    def sample(self, count: int, generator: torch.Generator) -> Float[Tensor, " {count} *value"]:
         """New inputs: the decoder's means for random codes, on the standardised scale."""
         shape = (count, self.config.latent_dim)
         code = torch.randn(shape, generator=generator, device=generator.device)
