@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfsup.batch import ImageSpec
 from selfsup.config import from_mapping, preset_values, presets, to_mapping
 from selfsup.errors import ConfigError
 from selfsup.models.batch_norm import BatchNorm
-from selfsup.models.resnet import Config, ResNetEncoder
+from selfsup.models.resnet import Config, Convolution, ResNetEncoder
 from selfsup.randomness import isolated, seed_layers, torch_generator
 
 SPEC = ImageSpec(size=32, channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
@@ -340,8 +341,9 @@ def test_the_narrow_preset_counted_by_hand():
 
 COMPILES = """
 import torch
+import torch.nn.functional as F
 from selfsup.batch import ImageSpec
-from selfsup.models.resnet import Config, ResNetEncoder
+from selfsup.models.resnet import Config, Convolution, ResNetEncoder
 spec = ImageSpec(size=16, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
 encoder = ResNetEncoder(Config(blocks=(1, 1), widths=(8, 16)), spec)
 compiled = torch.compile(encoder, backend="eager", fullgraph=True)
@@ -355,3 +357,16 @@ def test_compiles_without_a_graph_break():
     """In a process of its own: the shape checks of the tests cannot be traced."""
     done = subprocess.run([sys.executable, "-c", COMPILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 3), (4, 3), (2, 5)])
+def test_tiny_maps_are_convolved_as_large_ones(size, stride):
+    layer = Convolution(8, 6, 3, stride, padding=1, bias=False)
+    x = torch.randn(5, 8, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out, expected = layer(x), F.conv2d(x, layer.weight, None, stride, 1)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    seen = torch.randn_like(expected)
+    pairs = (torch.autograd.grad(each, [x, layer.weight], seen) for each in (out, expected))
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)

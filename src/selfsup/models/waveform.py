@@ -161,9 +161,20 @@ class TimeNorm(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch channel time"], real: Bool[Tensor, "batch time"] | None
     ) -> Float[Tensor, "batch channel time"]:
-        """In float32."""
-        out = standardised(x.float(), real, EPSILON)
+        """In float32; where it is padded anything may stand."""
+        x = x.float()
+        if real is None:
+            return self._whole(x)
+        if x.device.type == "cpu":  # several times faster than masked sums, which a GPU prefers
+            lengths = real.sum(1).tolist()
+            if min(lengths) > 1:  # fewer than two are refused there
+                rows = [self._whole(row[None, :, :n]) for row, n in zip(x, lengths, strict=True)]
+                return torch.cat([F.pad(row, (0, x.shape[2] - row.shape[2])) for row in rows])
+        out = standardised(x, real, EPSILON)
         return out * self.weight.unsqueeze(1) + self.bias.unsqueeze(1)
+
+    def _whole(self, x: Float[Tensor, "batch channel time"]) -> Float[Tensor, "batch channel time"]:
+        return F.group_norm(x, len(self.weight), self.weight, self.bias, EPSILON)
 
 
 class ConvLayer(nn.Module):
