@@ -158,6 +158,7 @@ def test_the_report_shows_pictures_and_probes(picture_run, photos, selfsup, tmp_
     assert html.count('src="data:image/png;base64,') == 2 * 6 * 8
     assert "Frozen features" in html
     assert "40 test examples" in html
+    assert "40 pictures and their labels" in html
     assert "filled blanks" not in html, "pictures have none: nothing to ask for"
 
 

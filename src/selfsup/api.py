@@ -12,6 +12,7 @@ import torch
 from selfsup import config as configuration
 from selfsup import console, environment, registry
 from selfsup.config import run_config, run_values
+from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import anomaly, detectors, frozen, frozen_forecasts, showcase
 from selfsup.evaluation import compare as comparison
@@ -330,6 +331,10 @@ def probe(
 ) -> dict[str, Any]:
     """Measures frozen features: weighted kNN and a linear probe; writes probe.json into the run.
 
+    For classes also embeddings.json, a map of items with their labels.
+
+    For classes also embeddings.json: a map of items, coloured by their labels.
+
     Beside the pre-trained network stand the same network untrained and, where an input is a vector,
     the raw input.
 
@@ -360,18 +365,20 @@ def probe(
     if task != "forecasting" and (horizon or splits):
         raise ConfigError("horizon and splits are for --task forecasting")
     sizes: dict[str, Any]
+    seen: Labelled | None = None
     if task == "forecasting":
         if valid or test or columns or max_length or across:
             raise ConfigError("forecasting reads one table: it takes data, horizon and splits")
         scores, sizes = frozen_forecasts.probe(run, model, data, horizon or 96, splits)
     elif across:
         read = registry.module_of(registry.DATA, "data", kind).read_labels
-        labelled = read(data, task, **(columns or {}))
+        seen = read(data, task, **(columns or {}))
         fresh = model.untrained_encoder()
-        scores = probe_across_groups(model, fresh, labelled, max_length, folds, shots)
-        sizes = {"test_size": len(labelled), "groups": len(set(labelled.groups)), "shots": shots}
+        scores = probe_across_groups(model, fresh, seen, max_length, folds, shots)
+        sizes = {"test_size": len(seen), "groups": len(set(seen.groups)), "shots": shots}
     else:
         labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
+        seen = labels.test if task == "classification" else None
         scores = frozen.probe(model, model.untrained_encoder(), labels, max_length)
         sizes = {"train_size": len(labels.train), "test_size": len(labels.test)}
     result = {
@@ -382,6 +389,9 @@ def probe(
         "command": environment.command_line(),
     }
     write_json(Path(run) / "probe.json", result)
+    if seen is not None:
+        shown = showcase.embedding_map(model, model.untrained_encoder(), seen)
+        write_json(Path(run) / "embeddings.json", shown)
     return result
 
 

@@ -16,6 +16,13 @@ from selfsup.randomness import Order, numpy_generator
 from selfsup.training.device import to_device
 
 MAP_POINTS = 600
+NAMES = {
+    "text": "texts",
+    "image": "pictures",
+    "audio": "sounds",
+    "series": "series",
+    "table": "rows",
+}
 MAP_LABELS = 8  # more colours cannot be told apart
 
 
@@ -84,7 +91,7 @@ def samples(model: Model, held_out: Dataset, count: int = 4) -> list[dict[str, s
 def embedding_map(model: Model, untrained: Encoder, labelled: Labelled) -> dict[str, Any]:
     """Two-dimensional maps (t-SNE) of the same items in the trained and an untrained encoder.
 
-    For tagging every point is a word in its sentence, coloured by its tag; else a text, coloured by
+    For tagging every point is a word in its sentence, coloured by its tag; else an item, by
     its label. Only the most frequent labels are shown.
     """
     data = model.preprocessor.limited(None).labelled(labelled)
@@ -94,9 +101,9 @@ def embedding_map(model: Model, untrained: Encoder, labelled: Labelled) -> dict[
     names, counts = np.unique(labels, return_counts=True)
     shown = set(names[np.argsort(-counts, kind="stable")][:MAP_LABELS])
     keep = [i for i, name in enumerate(labels) if name in shown][:MAP_POINTS]
-    what = "words" if labelled.task == "tagging" else "texts"
+    what = "words" if labelled.task == "tagging" else NAMES[model.preprocessor.spec.kind]
     return {
-        "title": f"{len(keep)} {what} that training never saw",
+        "title": f"{len(keep)} {what} and their labels",
         "projection": "t-SNE",
         "points": _flatten(trained[keep]),
         "untrained_points": _flatten(before[keep]),

@@ -191,8 +191,8 @@ def embeddings(run: Run, anchor: str) -> str:
     )
     part = f" The first {shown:,} of {len(labels):,} points." if shown < len(labels) else ""
     lead = (
-        f"One dot is one text, placed by {text(found.get('projection', 'a projection'))} of its "
-        f"vector; labels only colour it. Rest the mouse on a dot to read it.{part}"
+        f"One dot is one item, placed by {text(found.get('projection', 'a projection'))} of its "
+        f"vector; labels only colour it. Rest the mouse on a dot to see which.{part}"
     )
     body = f'<ul class="legend">{legend}</ul>{_grid(panels, "pair")}'
     return section(anchor, str(found.get("title") or "Map of embeddings"), lead, body)
