@@ -30,9 +30,10 @@ def masked(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pa
     tokens = torch.randint(5, vocabulary, (batch, time_), generator=generator)
     model = Config(dim=dim, layers=layers, heads=dim // 64, dropout=0.0)
     ours = MaskedLanguage(MaskedConfig(), TransformerEncoder(model, spec), spec)
+    dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     shape = {"hidden_size": dim, "num_hidden_layers": layers, "num_attention_heads": dim // 64}
     peer = BertForMaskedLM(
-        BertConfig(vocab_size=vocabulary, intermediate_size=4 * dim, **shape)
+        BertConfig(vocab_size=vocabulary, intermediate_size=4 * dim, **shape, **dropped)
     ).train()
     labels = torch.where(torch.rand(tokens.shape, generator=generator) < 0.15, tokens, -100)
     corrupted = torch.where(labels >= 0, 4, tokens)
@@ -68,7 +69,8 @@ def causal(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pa
     )
     ours = CausalLanguage(CausalConfig(), TransformerEncoder(model, spec), spec)
     shape = {"n_embd": dim, "n_layer": layers, "n_head": dim // 64, "n_positions": time_}
-    peer = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape)).train()
+    dropped = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    peer = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **shape, **dropped)).train()
     rates = best_rates(
         turn(
             stepper(
