@@ -28,7 +28,13 @@ from selfsup.training.checkpoint import (
     save_checkpoint,
 )
 from selfsup.training.config import TrainingConfig
-from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
+from selfsup.training.device import (
+    autocast,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    to_device,
+)
 from selfsup.training.evaluate import evaluate
 from selfsup.training.folder import Rows, RunFolder
 from selfsup.training.optim import adamw, clip_gradient, learning_rate_share
@@ -144,6 +150,8 @@ class _Run:
         self.objective, self.data, self.valid = objective, data, valid
         self.config, self.folder, self.watch = config, folder, watch
         self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = pick_dtype(config.precision, self.device)
         objective.to(self.device).train()
         self.loss = torch.compile(objective.loss) if config.compile else objective.loss
