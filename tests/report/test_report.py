@@ -207,6 +207,19 @@ def test_the_best_features_are_marked_where_less_is_better_too(tmp_path):
     assert re.findall(r"<td class=\"best\">(0\.\d+)", part) == ["0.100", "0.800"]
 
 
+def test_without_a_comparison_the_probe_makes_the_headline(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for path in [*folder.glob("compare*.json"), folder / "anomaly.json"]:
+        path.unlink()
+    scores = {"pretrained": {"linear": 0.6}, "untrained": {"linear": 0.5}, "raw": {"linear": 0.7}}
+    (folder / "probe.json").write_text(json.dumps({"scores": scores, "test_size": 3000}))
+    out = tmp_path / "page.html"
+    write_report([folder], out)
+    top = words(out.read_text().partition("</header>")[0])
+    assert "linear: pre-trained 0.600, untrained 0.500, raw 0.700" in top
+    assert "Best is raw: the pre-training does not pay here." in top
+
+
 def test_a_run_that_tells_anomalies_is_told_how_to_measure_it(tmp_path):
     run = write_run(tmp_path / "rows", full=False)
     (run / "run.toml").write_text(TOML + "[anomaly]\nthreshold = 1.0\n")

@@ -18,6 +18,7 @@ ARM_NAMES = {
     "baseline": "classical baseline",
 }
 LOWER_IS_BETTER = ("loss", "mse", "rmse", "mae", "error", "eer", "perplexity")
+MODEL_DETECTORS = ("reconstruction error", "latent density")
 # Student's t, two-sided 95%, for 1 to 9 degrees of freedom; `t95` has a series for more.
 T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 Z95 = 1.959964
@@ -176,3 +177,39 @@ def _conclusion(
     else:
         who = f"The {arm_name(winner)} arm is ahead"
     return f"{who} with {where}, {sure}"
+
+
+def probe_verdict(scores: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """What frozen features prove, in a headline and a conclusion: one run, so no interval.
+
+    >>> probe_verdict({"pretrained": {"linear": 0.6}, "untrained": {"linear": 0.5}})[0]
+    'Frozen features, linear: pre-trained 0.600, untrained 0.500'
+    """
+    kinds = [kind for found in scores.values() for kind in found]
+    kind = next((k for k in ("linear", "mse") if k in kinds), kinds[0])
+    found = {name: values[kind] for name, values in scores.items() if kind in values}
+    sign = -1 if kind in LOWER_IS_BETTER else 1
+    best = max(found, key=lambda name: sign * found[name])
+    shown = dict.fromkeys(["pretrained", "untrained", best])
+    numbers = ", ".join(f"{arm_name(name)} {found[name]:.3f}" for name in shown if name in found)
+    if best.startswith("pretrained"):
+        conclusion = "More can be read off them than off the untrained network or the raw input."
+    else:
+        conclusion = f"Best is {arm_name(best)}: the pre-training does not pay here."
+    return f"Frozen features, {kind}: {numbers}", f"{conclusion} One run, so no interval."
+
+
+def anomaly_verdict(scores: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """Whether the model tells anomalies better than the detectors beside it.
+
+    >>> anomaly_verdict({"reconstruction error": {"auroc": 0.9}, "PCA": {"auroc": 0.95}})[1]
+    'PCA tells them better: the model does not pay here. One run, so no interval.'
+    """
+    found = {name: values["auroc"] for name, values in scores.items()}
+    ours = next((n for n in found if n in MODEL_DETECTORS), None)  # the one that `predict` uses
+    other = max((n for n in found if n not in MODEL_DETECTORS), key=found.__getitem__, default=None)
+    shown = ", ".join(f"{name} {found[name]:.3f}" for name in (ours, other) if name)
+    conclusion = "The model tells them better than every simpler detector beside it."
+    if ours is None or (other is not None and found[other] >= found[ours]):
+        conclusion = f"{other} tells them better: the model does not pay here."
+    return f"Anomalies, AUROC: {shown}", f"{conclusion} One run, so no interval."

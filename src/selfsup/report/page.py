@@ -8,7 +8,7 @@ from pathlib import Path
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
 from selfsup.report import charts, sections
-from selfsup.report.evidence import ARM_NAMES, verdict
+from selfsup.report.evidence import ARM_NAMES, anomaly_verdict, probe_verdict, verdict
 from selfsup.report.examples import examples
 from selfsup.report.markup import code, rounded, section, text, tiles
 from selfsup.report.runs import Run, finite, read_run
@@ -59,6 +59,10 @@ def headline(run: Run) -> tuple[str, str]:
         compare = run.compares[0]
         found = verdict(compare, compare.label_counts[0])
         return found.headline, found.conclusion
+    if run.anomaly:
+        return anomaly_verdict(run.anomaly["scores"])
+    if run.probe:
+        return probe_verdict(run.probe["scores"])
     steps, scores = run.curve("score", "valid")
     if scores:
         sentence = f"Validation score {scores[0]:.2f} → {scores[-1]:.2f} in {steps[-1]:,} steps"

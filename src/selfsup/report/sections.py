@@ -23,9 +23,9 @@ MAX_SAMPLES = 12
 
 PROBES = {
     "knn": "accuracy of the nearest neighbours",
-    "linear": "of a linear map",
-    "mix": "of a linear map on a learned weighted sum of all layers",
-    "few": "of a linear map with few labels of each class and group",
+    "linear": "accuracy of a linear map",
+    "mix": "accuracy of a linear map on a learned weighted sum of all layers",
+    "few": "accuracy of a linear map with few labels of each class and group",
     "eer": "error rate of telling groups apart (lower is better)",
     "mse": "mean squared error (lower is better)",
     "mae": "mean absolute error (lower is better)",
