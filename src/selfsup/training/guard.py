@@ -67,10 +67,10 @@ def plateau_warning(loss: float, chance_loss: float | None, progress: float) -> 
     return (
         f"after {progress:.0%} of the budget the loss ({loss:.2f}) is that of guessing without "
         f"looking at the input ({chance_loss:.2f}): the encoder has learned nothing from context "
-        "yet. Try: rotary positions (model.positions='rotary', model.rotary_base=100 for short "
-        "rows), embeddings of unit variance (model.embedding_std=1.0), pre-norm "
-        "(model.norm='pre'), a higher learning rate (training.lr=2e-3), smaller batches, or more "
-        "time."
+        "yet. Try a higher learning rate (training.lr=2e-3), smaller batches or more time; with a "
+        "transformer also rotary positions (model.positions='rotary', model.rotary_base=100 for "
+        "short rows), embeddings of unit variance (model.embedding_std=1.0) and pre-norm "
+        "(model.norm='pre')."
     )
 
 
