@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import selfsup
-from selfsup import results
+from selfsup import environment, results
 from selfsup.randomness import numpy_generator
 
 
@@ -62,8 +62,9 @@ def main() -> None:
         found[table.stem] = scores(table, options.seeds)
         print(table.stem, {k: round(v, 3) for k, v in found[table.stem].items()}, flush=True)
     if options.record:
-        seeds = " ".join(map(str, options.seeds))
-        command = f"python -m benchmarks.adbench {options.folder} --seeds {seeds}"
+        seeds = map(str, options.seeds)
+        words = ("python", "-m", "benchmarks.adbench", str(options.folder), "--seeds", *seeds)
+        command = environment.shown(*words)
         results.record(
             options.record,
             command=command,

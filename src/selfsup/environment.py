@@ -52,8 +52,13 @@ def command_line() -> str:
     ours = program.name == "selfsup" or program.parts[-2:] == ("selfsup", "__main__.py")
     if not ours:
         return "Python API"
-    words = [shlex.quote(word) for word in ("selfsup", *sys.argv[1:])]
+    return shown("selfsup", *sys.argv[1:])
+
+
+def shown(*words: str) -> str:
+    """A command line as it stands in a result, the folder of the shared data by its variable."""
+    quoted = [shlex.quote(word) for word in words]
     data = os.environ.get("SELFSUP_DATA")  # where studies find their data sets: elsewhere for each
     if data:
-        words = [word.replace(data, "$SELFSUP_DATA") for word in words]
-    return " ".join(words)
+        quoted = [word.replace(data, "$SELFSUP_DATA") for word in quoted]
+    return " ".join(quoted)
