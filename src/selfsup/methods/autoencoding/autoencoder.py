@@ -18,7 +18,8 @@ Deviations from the papers: the squared error takes the place of the cross entro
 [0, 1] (2008, equation 2). Encoder and decoder share no weights, and are trained at once, not layer
 by layer. The code of a convolutional encoder is its pooled vector. AdamW takes the place of SGD.
 
-Reference result: none is recorded yet.
+Reference result: NSL-KDD, trained on normal connections, recipe autoencoder-table
+(docs/results/nsl-kdd.json): AUROC 0.969; PCA 0.954, kNN 0.948, isolation forest 0.943; one seed.
 """
 
 from dataclasses import dataclass

@@ -11,6 +11,10 @@ Deviations from the paper: the loss is a mean over mel channels too (equation 1:
 The first recurrent layer reads frames through a linear layer (see `models/recurrent.py`), and
 frames are normalised as the data are, by utterance rather than by speaker. A causal transformer may
 take the place of the recurrent network, as in Chung and Glass (2019, arXiv 1910.12607).
+
+Reference result: free spoken digits, 22 minutes of six voices, less than ten CPU minutes
+(docs/results/apc-small.json): the digit is told for a voice left out with accuracy 0.722 by a
+linear probe; untrained 0.681, mean log-mel 0.534; one seed.
 """
 
 from dataclasses import dataclass

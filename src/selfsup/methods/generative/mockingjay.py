@@ -18,6 +18,10 @@ Deviations from the papers:
 - A random replacement is drawn for each chosen frame anew, from the same utterance.
 - An utterance that is shorter than a span has nothing chosen.
 - Targets are the frames that were read; the paper's larger model restores linear spectrograms.
+
+Reference result: free spoken digits, 22 minutes of six voices, less than ten CPU minutes
+(docs/results/mockingjay-small.json): the digit is told for a voice left out with accuracy 0.641 by
+a linear probe; untrained 0.550, mean log-mel 0.534; one seed.
 """
 
 from dataclasses import dataclass

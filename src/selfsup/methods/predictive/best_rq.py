@@ -19,6 +19,10 @@ Deviations from the paper:
 The defaults are for utterances of ten seconds and more; 400 ms hide a spoken word entirely. For
 words, a span of 8 to 16 frames that begins with probability 0.03 to 0.05 leaves something to
 predict from.
+
+Reference result: free spoken digits, 22 minutes of six voices, less than ten CPU minutes
+(docs/results/best-rq-small.json): the digit is told for a voice left out with accuracy 0.646 by a
+linear probe; untrained 0.550, mean log-mel 0.534; one seed.
 """
 
 from dataclasses import dataclass

@@ -24,7 +24,9 @@ Deviations from the paper:
 - The mask vector stands before the front end's normalisation and linear map, as in `wav2vec2`.
 - A step's MFCC frame is the one nearest to its middle, where steps are longer than frames.
 
-Reference result: none yet.
+Reference result: free spoken digits, 22 minutes of six voices, less than ten CPU minutes
+(docs/results/hubert-small.json): the digit is told for a voice left out with accuracy 0.597 by a
+linear probe; untrained 0.550, mean log-mel 0.534; one seed.
 """
 
 import copy

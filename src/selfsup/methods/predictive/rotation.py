@@ -17,7 +17,9 @@ connected layers and NIN its own blocks. The default views are the random crops 
 authors' code for ImageNet with `random_sized_crop`; for CIFAR it shifts pictures of 32 pixels by up
 to 4, about `crop_scale = [0.75, 1.0]` here. AdamW takes the place of SGD.
 
-Reference result: none is recorded yet.
+Reference result: 7 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/rotation-small.json): frozen features tell 5,000 test pictures with kNN 0.364 and
+linear 0.433; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 import math

@@ -16,7 +16,9 @@ and solarise 0.1). As there, the views pass through encoder and expander one aft
 batch normalisation sees one view at a time, and the expander's last layer has no bias, which would
 change no term. AdamW takes the place of LARS.
 
-Reference result: none is recorded yet.
+Reference result: 7 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/vicreg-small.json): frozen features tell 5,000 test pictures with kNN 0.413 and linear
+0.462; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 from dataclasses import dataclass
