@@ -20,6 +20,7 @@ DATA = {
     "series": "selfsup.data.series:prepare",
 }
 MODELS = {
+    "bag": "selfsup.models.bag:BagEncoder",
     "mlp": "selfsup.models.mlp:MLPEncoder",
     "recurrent": "selfsup.models.recurrent:RecurrentEncoder",
     "resnet": "selfsup.models.resnet:ResNetEncoder",
@@ -38,6 +39,8 @@ METHODS = {
     "deepcluster": "selfsup.methods.predictive.deepcluster:DeepCluster",
     "hubert": "selfsup.methods.predictive.hubert:HuBERT",
     "best_rq": "selfsup.methods.predictive.best_rq:BestRQ",
+    "replaced_token": "selfsup.methods.predictive.replaced_token:ReplacedToken",
+    "word2vec": "selfsup.methods.predictive.word2vec:Word2Vec",
     "autoencoder": "selfsup.methods.autoencoding.autoencoder:Autoencoder",
     "vae": "selfsup.methods.autoencoding.vae:VAE",
     "vqvae": "selfsup.methods.autoencoding.vqvae:VQVAE",

@@ -311,6 +311,8 @@ class Case:
         reaches: what the held-out loss is below after 60 steps, where a share of the first says
             nothing: a loss that may be negative, or that is easy against a queue of random vectors.
         of_batch: names of metrics that describe a batch as a whole, and are no means over items.
+        zero: names of parameters that begin at zero, where other gradients vanish and the loss is
+            the same for all weights: they begin elsewhere here.
     """
 
     method: str
@@ -323,6 +325,7 @@ class Case:
     leaves: float = 0.8
     reaches: float | None = None
     of_batch: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         told = (f"{k}={v}" for k, v in self.config.items() if isinstance(v, str | float | bool))
@@ -354,6 +357,9 @@ ALL_MASKED = {
 }
 MOVING = {"mask_rate": 0.4, "final_mask_rate": 0.2}
 WHOLE_WORD = {"whole_word": True, "head": "tied", "mask_rate": 0.3}
+DETECTION = {"mask_rate": 0.3, "generator_scale": 0.5}
+PROJECTED = {**TRANSFORMER, "init_std": 0.177}  # the generator's projection keeps variances
+NARROW_TABLE = {**PROJECTED, "embedding_dim": 24}
 RESNET = {
     "name": "resnet",
     "blocks": [1, 1],
@@ -446,6 +452,9 @@ LARGE = {**CONVOLUTIONS, "conv_norm": "layer", "positions": "none"}
 UNSCALED = {**FRAMES, "embedding_std": 0.0, "init_std": 0.1}
 ALL_TOLD = {**NO_DROPOUT, "method.start_probability": 1.0}
 PLACED_TOLD = {**ALL_TOLD, "model.positions": "learned"}
+BAG = {"name": "bag", "dim": 16}
+WORDS = {"window": 2, "subsample": 0.0}
+CBOW = {**WORDS, "architecture": "cbow"}
 CASES = [
     Case("simclr", Pictures, RESNET, SIMCLR, still_views("views"), compares=True, leaves=0.9),
     Case("moco", Pictures, RESNET, MOCO, still_views("views"), compares=True, reaches=2.5),
@@ -472,6 +481,11 @@ CASES = [
     Case("masked_language", sequences("packed"), TRANSFORMER, WHOLE_WORD, ALL_MASKED),
     Case("masked_language", sequences("pairs"), PAIRED, {"sentence": "nsp"}, leaves=0.9),
     Case("masked_language", sequences("pairs"), PAIRED, {"sentence": "sop"}, leaves=0.9),
+    # knowing how often tokens are replaced would leave 0.7 and 0.74
+    Case("replaced_token", sequences("single"), PROJECTED, DETECTION, leaves=0.5),
+    Case("replaced_token", sequences("packed"), NARROW_TABLE, DETECTION, leaves=0.7),
+    Case("word2vec", sequences("single"), BAG, WORDS, zero=("output.weight",)),
+    Case("word2vec", sequences("packed"), BAG, CBOW, zero=("output.weight",)),
     Case("causal_language", sequences("packed"), CAUSAL, {}, NO_DROPOUT, random=False),
     Case("causal_language", sequences("single"), CAUSAL, {"head": "bert"}, NO_DROPOUT, False),
     Case("masked_series", Series, STACKED, {}, ALL_HIDDEN, leaves=0.7),
@@ -543,6 +557,8 @@ def build(
         seed_layers(seed, "model")
         encoder = resolve(MODELS, "model", name)(model_config, spec)
         objective = resolve(METHODS, "method", case.method)(config, encoder, spec)
+        for parameter in case.zero:
+            nn.init.normal_(objective.get_parameter(parameter), std=0.3)
     if refreshed and objective.refresh_every:  # or it may have no labels to learn from
         objective.refresh([batch_of(case, 64)], torch_generator(seed, "refresh"))
     return objective.eval()
