@@ -55,11 +55,15 @@ def probes(names: list[str]) -> str:
     results = {name: read(name) for name in names}
     keys = list(dict.fromkeys(key for r in results.values() for key in r["scores"]["pretrained"]))
     rows = {name: r["scores"]["pretrained"] for name, r in results.items()}
+    references: dict[str, dict[str, dict]] = {}  # by what it is, then by the result that has it
     for name, result in results.items():
         for reference, scores in result["scores"].items():
-            if reference != "pretrained" and scores not in rows.values():
-                taken = f"{reference} ({name})" if reference in rows else reference
-                rows[taken] = scores
+            found = references.setdefault(reference, {})
+            if reference != "pretrained" and scores not in found.values():
+                found[name] = scores
+    for reference, found in references.items():
+        for name, scores in found.items():
+            rows[f"{reference} ({name})" if len(found) > 1 else reference] = scores
     lines = [f"| | {' | '.join(keys)} |", f"|---|{'---|' * len(keys)}"]
     for name, scores in rows.items():
         cells = [f"{scores[key]:.3f}" if key in scores else "" for key in keys]

@@ -17,7 +17,9 @@ Deviations from the paper:
 
 For CIFAR (appendix D) the paper's projector has 2 layers, and the views no blur.
 
-Reference result: none is recorded yet.
+Reference result: 10 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/simsiam-small.json): frozen features tell 5,000 test pictures with kNN 0.372 and
+linear 0.445; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 from dataclasses import dataclass

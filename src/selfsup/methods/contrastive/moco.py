@@ -24,7 +24,9 @@ Deviations from the paper:
 - The symmetric loss, an option, is the demo's, but the mean of both directions, not their sum.
 - AdamW takes the place of SGD.
 
-Reference result: none is recorded yet.
+Reference result: 7 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/moco-small.json): frozen features tell 5,000 test pictures with kNN 0.379 and linear
+0.421; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 import copy

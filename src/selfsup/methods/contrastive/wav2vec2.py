@@ -22,7 +22,10 @@ Deviations from the paper:
 
 A short utterance needs shorter spans: fewer than two hidden steps in one give it no loss.
 
-Reference result: none yet; the tests hold it against `transformers`, number for number.
+Reference result: free spoken digits, 22 minutes of six voices, less than ten CPU minutes
+(docs/results/wav2vec2-small.json): the digit is told for a voice left out with accuracy 0.483 by a
+linear probe; untrained 0.369, mean log-mel 0.216; one seed. Its losses equal those of
+`transformers` number for number (tests).
 """
 
 import math

@@ -14,7 +14,9 @@ place of LARS. The code multiplies the loss by 0.024 to suit LARS; `scale` offer
 code the views pass through encoder and projector one after the other, so batch normalisation sees
 one view at a time, and the projector's last layer has no bias: standardising takes it away again.
 
-Reference result: none is recorded yet.
+Reference result: 8 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/barlow-small.json): frozen features tell 5,000 test pictures with kNN 0.386 and linear
+0.442; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 from dataclasses import dataclass
