@@ -24,7 +24,8 @@ correlations is to integrate over them.
 Deviations from the paper: the code is a linear map of the encoder's pooled vector; one code is
 drawn per input, as there; AdamW takes the place of Adagrad.
 
-Reference result: none is recorded yet.
+Reference result: MNIST, 9,500 digits, 1,000 steps of 64 (docs/results/vae-small.json): 7.25 bits
+per dimension on held-out digits, all 64 units active; one seed.
 """
 
 import math

@@ -16,7 +16,8 @@ Deviations from the paper: codes begin as vectors of the first batches, and unus
 standardised pixels. The decoder upsamples without transposed convolutions (`models/decoders.py`).
 No prior over codes is learned here. AdamW takes the place of Adam.
 
-Reference result: none is recorded yet.
+Reference result: CIFAR-10, 19,000 pictures, 1,000 steps of 64, 64 codes each (docs/results/vqvae-
+small.json): held-out error 0.067 of the variance, all 512 codes used, perplexity 418; one seed.
 """
 
 from collections.abc import Iterable

@@ -22,6 +22,10 @@ Deviations from the paper:
   patch share its fate.
 - Missing steps are neither compared nor counted.
 - As published, the mean and deviation of a window include its hidden steps.
+
+Reference result: four minutes on one thread, then a linear map on frozen features forecasts 96
+hours (docs/results/etth1.json, etth2.json): mean squared error 0.377 and 0.292 on ETTh1 and ETTh2;
+untrained 0.393 and 0.293; ridge on 512 lags, which is better, 0.367 and 0.267; one seed.
 """
 
 from dataclasses import dataclass
