@@ -21,7 +21,9 @@ Deviations from the paper:
 - The encoder is any that gives a square map of positions (the paper: AlexNet). AdamW takes the
   place of Adam.
 
-Reference result: none is recorded yet.
+Reference result: 4 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/context-encoder-small.json): frozen features tell 5,000 test pictures with kNN 0.332
+and linear 0.389; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 from dataclasses import dataclass

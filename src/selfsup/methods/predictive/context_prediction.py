@@ -22,7 +22,9 @@ Deviations from the paper:
   become noise about the channel's mean over the data, as there. Patches are not made blurred.
 - AdamW takes the place of SGD.
 
-Reference result: none is recorded yet.
+Reference result: 4 CPU minutes on 19,000 pictures of CIFAR-10 with a narrow ResNet
+(docs/results/context-prediction-small.json): frozen features tell 5,000 test pictures with kNN
+0.315 and linear 0.377; untrained 0.257 and 0.301, raw pixels 0.327 and 0.396; one seed.
 """
 
 import math
