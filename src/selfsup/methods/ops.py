@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfsup.models.batch_norm import BatchNorm
@@ -110,3 +110,16 @@ def view_diagnostics(
     if len(first) > 1:
         found["uniformity"] = (uniformity(first) + uniformity(second)) / 2
     return found
+
+
+def masked_loss(
+    logits: Float[Tensor, "batch slot vocabulary"],
+    target: Int[Tensor, "batch slot"],
+    real: Bool[Tensor, "batch slot"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean cross entropy (nats) and accuracy over the real slots, in float32."""
+    weight = real.flatten().float()
+    total = weight.sum().clamp(min=1)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+    hit = (logits.detach().argmax(-1) == target).flatten().float()
+    return (loss * weight).sum() / total, (hit * weight).sum() / total

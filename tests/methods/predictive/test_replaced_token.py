@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import masked_loss
 from selfsup.methods.predictive.replaced_token import (
     Chosen,
     Config,
@@ -16,7 +17,6 @@ from selfsup.methods.predictive.replaced_token import (
     choose,
     detection_loss,
     generator_config,
-    generator_loss,
     sample,
 )
 from selfsup.models.transformer import Config as Model
@@ -223,10 +223,10 @@ def test_generator_loss_leaves_out_unused_slots():
     logits = torch.zeros(1, 2, SIZE)
     logits[0, 1, 3] = 100.0
     target = torch.tensor([[5, 6]])
-    loss, accuracy = generator_loss(logits, target, torch.tensor([[True, False]]))
+    loss, accuracy = masked_loss(logits, target, torch.tensor([[True, False]]))
     assert loss.item() == pytest.approx(math.log(SIZE))
     assert accuracy == 0
-    assert generator_loss(logits, target, torch.zeros(1, 2, dtype=torch.bool))[0] == 0
+    assert masked_loss(logits, target, torch.zeros(1, 2, dtype=torch.bool))[0] == 0
 
 
 def test_parts_of_a_batch_weigh_by_their_real_tokens():

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import masked_loss
 from selfsup.models.transformer import TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
 
@@ -125,19 +126,6 @@ def corrupt(
     replaced = torch.where(draw < config.mask_share + config.random_share, ordinary[pick], original)
     replaced = torch.where(draw < config.mask_share, mask_id, replaced)
     return tokens.scatter(1, chosen.positions, torch.where(chosen.real, replaced, original))
-
-
-def masked_loss(
-    logits: Float[Tensor, "batch slot vocabulary"],
-    target: Int[Tensor, "batch slot"],
-    real: Bool[Tensor, "batch slot"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean cross entropy (nats) and accuracy over the real slots, in float32."""
-    weight = real.flatten().float()
-    total = weight.sum().clamp(min=1)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-    hit = (logits.detach().argmax(-1) == target).flatten().float()
-    return (loss * weight).sum() / total, (hit * weight).sum() / total
 
 
 def rearrange_pairs(

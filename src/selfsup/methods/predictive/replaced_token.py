@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import masked_loss
 from selfsup.models.transformer import Config as Model
 from selfsup.models.transformer import TransformerEncoder, VocabularyHead, initialise
 from selfsup.objective import Objective, Output
@@ -131,19 +132,6 @@ def sample(
     return (logits.float() - (-uniform.log()).log()).argmax(-1)
 
 
-def generator_loss(
-    logits: Float[Tensor, "batch slot vocabulary"],
-    target: Int[Tensor, "batch slot"],
-    real: Bool[Tensor, "batch slot"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean cross entropy (nats) and accuracy over the real slots, in float32."""
-    weight = real.flatten().float()
-    total = weight.sum().clamp(min=1)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
-    hit = (logits.detach().argmax(-1) == target).flatten().float()
-    return (loss * weight).sum() / total, (hit * weight).sum() / total
-
-
 def detection_loss(
     logits: Float[Tensor, "batch time"],
     replaced: Bool[Tensor, "batch time"],
@@ -225,7 +213,7 @@ class ReplacedToken(Objective):
         replaced = corrupted != tokens  # an original that was drawn again is one
         features = self.encoder({**batch, "tokens": corrupted})
         detection = detection_loss(self.head(features.last).squeeze(-1), replaced, real)
-        masked, accuracy = generator_loss(logits, original, chosen.real)
+        masked, accuracy = masked_loss(logits, original, chosen.real)
         loss = masked + self.config.discriminator_weight * detection.loss
         weight = real.sum()
         metrics = {
