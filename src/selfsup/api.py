@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,30 @@ import torch
 
 from selfsup import config as configuration
 from selfsup import console, environment, registry
+from selfsup.analysis.alignment import chance
 from selfsup.config import run_config, run_values
-from selfsup.data.labels import Labelled
+from selfsup.data import templates
+from selfsup.data.corpora import MixedRows
+from selfsup.data.labels import Labelled, with_known_first
 from selfsup.errors import CheckpointError, ConfigError, nearest
-from selfsup.evaluation import anomaly, detectors, frozen, frozen_forecasts, showcase
+from selfsup.evaluation import (
+    anomaly,
+    detectors,
+    frozen,
+    frozen_forecasts,
+    in_context,
+    showcase,
+    translations,
+)
 from selfsup.evaluation import compare as comparison
 from selfsup.evaluation.across_groups import probe_across_groups
-from selfsup.evaluation.adapt import answers, default_training, fit, new_task
+from selfsup.evaluation.adapt import answers, default_training, fit, new_task, rows_of
+from selfsup.evaluation.demonstrations import read_parts
 from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Model, load_model, save_model
-from selfsup.objective import Task
+from selfsup.objective import Objective, Task
 from selfsup.run_start import (
     IDENTITY,
     KEPT,
@@ -35,12 +48,15 @@ from selfsup.run_start import (
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast
 from selfsup.training.evaluate import evaluate as held_out_loss
+from selfsup.training.evaluate import evaluate_corpora
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
 Columns = dict[str, Any]
 SHOWN = {"fills": showcase.fills, "samples": showcase.samples, "pictures": gallery}
 """Files of a run that people look at: each is written where there is something to show."""
+PREDICTS_TOKENS = ("causal_language", "bidirectional_language")
+"""Methods whose loss is nats per token of a text."""
 
 
 def load(run: str | Path, device: str = "auto") -> Model:
@@ -67,7 +83,8 @@ def pretrain(
 
     Args:
         recipe: a named recipe, or a TOML file of your own.
-        data: a file, folder, glob or list of those, or a Hugging Face dataset name.
+        data: a file, folder, glob or list of those, or a Hugging Face dataset name; a list of
+            "NAME=PATH,PATH" names several corpora of text, for several languages.
         out: the run folder to make.
         settings: changes to the recipe, {"training.steps": 2000}.
         resume: go on from the newest checkpoint in `out`.
@@ -99,6 +116,7 @@ def pretrain(
         )
         say_start(config, objective, prepared)
         watch = frozen.online_probe(objective, prepared.train, prepared.valid)
+        watch = watch or _corpus_losses(objective, prepared.valid, config.training)
         train(
             objective,
             prepared.train,
@@ -124,6 +142,21 @@ def pretrain(
     return folder.path
 
 
+def _corpus_losses(
+    objective: Objective, valid: Any, training: TrainingConfig
+) -> Callable[[], dict[str, float]] | None:
+    """The held-out loss of each corpus while training, where there are several."""
+    if not isinstance(valid, MixedRows):
+        return None
+
+    def watch() -> dict[str, float]:
+        device = next(objective.parameters()).device
+        found = evaluate_corpora(objective, valid, training, device)
+        return {f"loss_{name}": scores["loss"] for name, scores in found.items()}
+
+    return watch
+
+
 def finetune(
     run: str | Path,
     task: str,
@@ -141,11 +174,11 @@ def finetune(
 
     Args:
         run: a pre-trained run folder.
-        task: classification, tagging or regression.
+        task: classification, tagging, regression or span_qa.
         data: labelled training file.
         out: the run folder to make.
         valid: labelled validation file; its metric is followed while training.
-        tuning: full, or probe for a frozen encoder.
+        tuning: full; probe for a frozen encoder; layer_mix for a learned mix of its layers.
         settings: {"training.lr": 1e-3, "task.dropout": 0.0}.
         columns: names of the columns `text`, `text_b` and `label`, where they are not the usual.
         max_length: longest item (a text in tokens, 128 by default); None: the kind's usual.
@@ -159,7 +192,7 @@ def finetune(
     read = registry.module_of(registry.DATA, "data", base.values["data"]["name"]).read_labels
     train_data = read(data, task, **columns)
     valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
-    default = default_training(len(train_data), base.encoder.dim)
+    default = default_training(len(train_data), base.encoder.dim, task)
     default = replace(default, evaluations=5 if valid else 0)
     values = {"task": {}, "training": configuration.to_mapping(default)}
     values = configuration.overridden(values, settings or {})
@@ -199,7 +232,8 @@ def finetune(
             valid=valid_data,
             folder=folder,
         )
-        save_model(folder.path / "model", built, sections, preprocessor)
+        tunings = {"names": [*base.values.get("tuning", {}).get("names", ()), tuning]}
+        save_model(folder.path / "model", built, {**sections, "tuning": tunings}, preprocessor)
     finally:
         folder.close()
     return folder.path
@@ -222,7 +256,8 @@ def evaluate(
         normal: the label of normal items, all others being anomalies.
 
     Returns:
-        metric names and values; by detector where detectors are compared.
+        metric names and values; by detector where detectors are compared, by name of the corpus
+        where there are several.
     """
     model, columns = load_model(run), columns or {}
     fine_tuned = isinstance(model.objective, Task)
@@ -242,12 +277,17 @@ def evaluate(
     held_out = prepared.valid if data is None else prepared.train
     side = "valid" if data is None else "train"
     everything = replace(config.training, valid_batches=10**9)
+    scores: dict[str, Any]
     with torch.no_grad(), autocast(model.device, model.dtype):
-        scores = held_out_loss(model.objective, held_out, everything, model.device)
-    if config.method_name == "causal_language":
-        words, tokens = prepared.facts[side]["words"], prepared.facts[side]["tokens"]
-        scores["perplexity_per_token"] = math.exp(scores["loss"])
-        scores["perplexity_per_word"] = math.exp(scores["loss"] * tokens / words)
+        if isinstance(held_out, MixedRows):
+            scores = evaluate_corpora(model.objective, held_out, everything, model.device)
+            counted = [(scores[name], prepared.facts["corpora"][name][side]) for name in scores]
+        else:
+            scores = held_out_loss(model.objective, held_out, everything, model.device)
+            counted = [(scores, prepared.facts[side])]
+    for found, counts in counted if config.method_name in PREDICTS_TOKENS else ():
+        found["perplexity_per_token"] = math.exp(found["loss"])
+        found["perplexity_per_word"] = math.exp(found["loss"] * counts["tokens"] / counts["words"])
     return scores
 
 
@@ -260,15 +300,23 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
         raise ConfigError("a fine-tuned run is evaluated on a labelled file: give --data")
     task = model.values["task"]["name"]
     data_module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
-    labelled = data_module.read_labels(data, task, names=model.names or None, **columns)
-    held_out = model.preprocessor.labelled(labelled)
+    known = None if task == "tagging" else model.names or None
+    labelled = data_module.read_labels(data, task, names=known, **columns)
+    if task == "tagging":  # another language may have tags of its own
+        labelled = with_known_first(labelled, model.names)
+    held_out = rows_of(model.objective, model.preprocessor, labelled)  # type: ignore[arg-type]
     truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
     names = {
         "classification": ("accuracy", "macro_f1", "matthews"),
         "tagging": ("accuracy", "macro_f1"),
         "regression": ("pearson", "spearman"),
+        "span_qa": ("exact_match", "answer_f1"),
+        "generation": ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"),
     }[task]
-    return {"examples": len(labelled), **{n: float(METRICS[n](truth, guess)) for n in names}}
+    scores = {n: float(METRICS[n](truth, guess)) for n in names}
+    if task == "tagging":  # what the most frequent tag of this file would score everywhere
+        scores["majority"] = max(Counter(truth).values()) / len(truth)
+    return {"examples": len(labelled), **scores}
 
 
 def compare(
@@ -286,7 +334,7 @@ def compare(
 
     Args:
         run: a pre-trained run.
-        task: classification, tagging or regression.
+        task: classification, tagging, regression or span_qa.
         data: labelled training file.
         valid: labelled validation file that chooses learning rates; by default split off `data`.
         test: labelled test file; by default split off `data`.
@@ -308,6 +356,8 @@ def compare(
     result["command"] = environment.command_line()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
+    if registry.resolve(registry.TASKS, "task", task).gives_text:
+        return result  # a map shows items by their labels
     shown = showcase.embedding_map(model, model.untrained_encoder(), labels.test)
     stem = path.stem if "compare" in path.stem else f"{path.stem}-compare"
     write_json(path.with_name(stem.replace("compare", "embeddings") + ".json"), shown)
@@ -395,8 +445,72 @@ def probe(
     return result
 
 
+def align(run: str | Path, data: str | Path, columns: Columns | None = None) -> dict[str, Any]:
+    """Measures whether translations lie close to each other; writes alignment.json into the run.
+
+    Beside the pre-trained network stand the same network untrained and the tokens that both
+    languages share.
+
+    Args:
+        run: a pre-trained run of text.
+        data: translation pairs, of sentences or of words: csv, tsv, jsonl, parquet.
+        columns: `text` and `text_b`, the columns of the two languages; by default the only two.
+
+    Returns:
+        what the file holds: `scores` by kind of vectors, for each layer as in
+        `analysis.alignment.both_ways`.
+    """
+    started = time.monotonic()
+    model = load_model(run)
+    languages, pairs = translations.read_pairs(data, **(columns or {}))
+    result = {
+        "data": str(data),
+        "pairs": len(pairs),
+        "languages": list(languages),
+        "chance": chance(len(pairs)),
+        "scores": translations.align(model, pairs),
+        "seconds": round(time.monotonic() - started, 1),
+        "command": environment.command_line(),
+    }
+    write_json(Path(run) / "alignment.json", result)
+    return result
+
+
 def _default_counts(available: int) -> list[int]:
     return [n for n in (50, 300, 2000) if n <= available] or [available]
+
+
+def prompt(
+    run: str | Path,
+    template: str | Path,
+    *,
+    data: str | Path | None = None,
+    test: str | Path | None = None,
+    columns: Columns | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures in-context learning of a causal language model; writes prompt.json into the run.
+
+    Args:
+        run: a `causal_language` run.
+        template: a named template (`selfsup list templates`), or a text file of your own.
+        data: labelled file that demonstrations are drawn from; None: there are none.
+        test: labelled file that is scored; by default a quarter is split off `data`.
+        columns: as for `finetune`.
+        settings: fields of `evaluation.in_context.Settings`: shots, seeds, calibrate, normalise...
+
+    Returns:
+        what the file holds.
+    """
+    model, pattern = load_model(run), templates.load(template)
+    if data is None:
+        settings.setdefault("shots", (0,))
+    chosen = in_context.Settings(**settings)
+    pool, scored = read_parts(pattern, data, test, columns or {}, chosen.limit)
+    result = in_context.evaluate(model, pattern, pool, scored, chosen)
+    result["command"] = environment.command_line()
+    write_json(Path(run) / "prompt.json", result)
+    return result
 
 
 def report(
@@ -418,6 +532,42 @@ def report(
     if figure is not None:
         write_figure(paths[0] / "compare.json", Path(figure))
     return write_report(paths, Path(out) if out else paths[0] / "report.html")
+
+
+def import_(source: str | Path, out: str | Path) -> Path:
+    """Makes a finished run of a published checkpoint; see `interop.transformers`.
+
+    Args:
+        source: a folder of `transformers` with safetensors, or a name on the Hugging Face Hub.
+        out: the run folder to make.
+
+    Returns:
+        the run folder: `finetune`, `compare`, `load` and the others take it as one of their own.
+    """
+    from selfsup.interop.transformers import import_run
+
+    return import_run(source, out)
+
+
+def export(run: str | Path, out: str | Path, to: str = "transformers") -> Path:
+    """Writes a run's model as a checkpoint of another library.
+
+    Args:
+        run: a run folder with a transformer of text.
+        out: the folder to make.
+        to: transformers, the only one so far.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ConfigError: the library has no architecture that computes this model.
+    """
+    from selfsup.interop.transformers import export_run
+
+    if to != "transformers":
+        raise ConfigError(f"cannot export to {to!r}; known: transformers")
+    return export_run(run, out)
 
 
 def say_next(run: Path) -> None:

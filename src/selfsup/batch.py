@@ -20,7 +20,7 @@ What a model must know of its data is a small frozen `spec` without the data the
 `Vocabulary`, an `ImageSpec`, ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -30,7 +30,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """What a model and a method need to know of a tokenizer: sizes and special ids, no text.
+    """What a model and a method need to know of a tokenizer: sizes, special ids, spellings.
 
     Attributes:
         size: number of token ids.
@@ -40,6 +40,10 @@ class Vocabulary:
         unigram_entropy: nats per token of a model that knows only how often each token occurs in
             the training corpus: the plateau on which a masked language model can get stuck. 0.0
             when it is not known.
+        spellings: the text of each token as UTF-8, b"" for special ones, for models that read
+            letters; empty when it is not known.
+        sentinels: ids of the marks that stand for hidden spans, in the order of their numbers.
+        sentence_ends: ids of the marks that end a sentence.
     """
 
     kind: ClassVar[str] = "text"
@@ -51,13 +55,15 @@ class Vocabulary:
     mask: int = -1
     continues: tuple[int, ...] = ()
     unigram_entropy: float = 0.0
+    spellings: tuple[bytes, ...] = field(default=(), repr=False)
+    sentinels: tuple[int, ...] = ()
+    sentence_ends: tuple[int, ...] = ()
 
     @property
     def special(self) -> tuple[int, ...]:
         """The special ids that exist, ascending."""
-        return tuple(
-            sorted({i for i in (self.pad, self.unk, self.cls, self.sep, self.mask) if i >= 0})
-        )
+        named = (self.pad, self.unk, self.cls, self.sep, self.mask)
+        return tuple(sorted({i for i in (*named, *self.sentinels) if i >= 0}))
 
 
 @dataclass(frozen=True, kw_only=True)

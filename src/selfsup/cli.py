@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfsup import verbs
+from selfsup import prep_verbs, verbs
 from selfsup.errors import SelfsupError
 
 EPILOG = """\
@@ -72,7 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     _add_training_verbs(parsers)
     _add_using_verbs(parsers)
+    _add_prompt(parsers)
     _add_looking_verbs(parsers)
+    _add_plan_verb(parsers)
+    _add_study_verb(parsers)
+    _add_preparing_verbs(parsers)
     return parser
 
 
@@ -85,10 +89,16 @@ def _add_training_verbs(parsers: Any) -> None:
         "  selfsup pretrain bert-tiny-english --data texts/ --out runs/mine\n"
         "  selfsup pretrain my.toml --data 'logs/*.jsonl.gz' --out runs/logs \\\n"
         "      --set training.minutes=30 method.mask_rate=0.3\n"
-        "  selfsup pretrain bert-tiny-english --data texts/ --out runs/mine --resume",
+        "  selfsup pretrain bert-tiny-english --data texts/ --out runs/mine --resume\n"
+        "  selfsup pretrain bert-mini-multilingual --data en=novels/ zh=histories/ --out runs/two",
     )
     p.add_argument("recipe", help="a named recipe (selfsup list recipes) or a TOML file")
-    p.add_argument("--data", required=True, nargs="+", help="files, folders, globs, or hf:NAME")
+    p.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="files, folders, globs, or hf:NAME; NAME=PATH,PATH for each of several languages",
+    )
     p.add_argument("--out", required=True, help="the run folder to make")
     p.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out"
@@ -106,11 +116,13 @@ def _add_training_verbs(parsers: Any) -> None:
         "      --tuning probe --out runs/tags --set training.lr=1e-3",
     )
     p.add_argument("model", help="a pre-trained run folder")
-    p.add_argument("--task", required=True, help="classification, tagging or regression")
-    p.add_argument("--data", required=True, help="labelled file: csv, tsv, jsonl, conllu")
+    p.add_argument("--task", required=True, help="classification, tagging, regression, span_qa")
+    p.add_argument(
+        "--data", required=True, help="labelled file: csv, tsv, jsonl, conllu, SQuAD json"
+    )
     p.add_argument("--valid", help="labelled file that is followed while training")
     p.add_argument("--out", required=True, help="the run folder to make")
-    p.add_argument("--tuning", default="full", help="full, or probe (frozen encoder)")
+    p.add_argument("--tuning", default="full", help="full, probe (frozen encoder) or layer_mix")
     p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out"
@@ -128,7 +140,7 @@ def _add_training_verbs(parsers: Any) -> None:
         "      --test test.conllu --labels 50 300 2000 --seeds 0 1 2 3 4",
     )
     p.add_argument("model", help="a pre-trained run folder")
-    p.add_argument("--task", required=True, help="classification, tagging or regression")
+    p.add_argument("--task", required=True, help="classification, tagging, regression, span_qa")
     p.add_argument("--data", required=True, help="labelled file that subsets are drawn from")
     p.add_argument("--valid", help="labelled file that chooses learning rates (default: split off)")
     p.add_argument("--test", help="labelled file that is scored (default: split off)")
@@ -136,7 +148,7 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
     p.add_argument("--lrs", nargs="+", type=float, help="learning rates that both arms try")
     p.add_argument("--steps", type=int, help="steps per training (default: by number of labels)")
-    p.add_argument("--tuning", default="full", help="full, or probe (frozen encoder)")
+    p.add_argument("--tuning", default="full", help="full, probe (frozen encoder) or layer_mix")
     p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--jobs", type=int, default=0, help="trainings side by side (0: one per core, at most 8)"
@@ -177,6 +189,20 @@ def _add_training_verbs(parsers: Any) -> None:
     )
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
+
+    p = _verb(
+        parsers,
+        "align",
+        verbs.align,
+        "see whether translations lie close to each other, layer by layer",
+        "  selfsup align runs/two --data pairs.tsv\n"
+        "  selfsup align runs/two --data words.jsonl --text en --text-b zh",
+    )
+    p.add_argument("model", help="a pre-trained run of several languages")
+    p.add_argument("--data", required=True, help="pairs: csv, tsv, jsonl, parquet")
+    p.add_argument("--text", metavar="COLUMN", help="one language (default: the first of two)")
+    p.add_argument("--text-b", metavar="COLUMN", help="the other one (the second of two)")
+    p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
 
     p = _verb(
         parsers,
@@ -258,6 +284,39 @@ def _add_using_verbs(parsers: Any) -> None:
     p.add_argument("--text-b", metavar="COLUMN", help="the second text, for a model of pairs")
 
 
+def _add_prompt(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "prompt",
+        verbs.prompt,
+        "let a causal language model label items after a few examples in its prompt",
+        "  selfsup prompt runs/gpt 'a wonderful film' --template sentiment\n"
+        "  selfsup prompt runs/gpt --template sentiment --data train.csv --test test.csv \\\n"
+        "      --shots 0 1 4 16 --seeds 0 1 2 --calibrate\n"
+        "  selfsup prompt runs/gpt 'Two men sleep. | The men are awake.' --template nli",
+    )
+    p.add_argument("model", help="a causal_language run")
+    p.add_argument("items", nargs="*", help="texts, or 'one | other' for a template of pairs")
+    p.add_argument("--template", required=True, help="a name (selfsup list templates) or a file")
+    p.add_argument("--data", help="labelled file that demonstrations are drawn from")
+    p.add_argument("--test", help="labelled file that is scored (default: split off --data)")
+    p.add_argument(
+        "--shots", nargs="+", type=int, metavar="N", help="demonstrations (0 1 4 16; items: 4)"
+    )
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    p.add_argument("--balanced", action="store_true", help="draw equally many of each class")
+    p.add_argument("--calibrate", action="store_true", help="contextual calibration")
+    p.add_argument(
+        "--normalise", default="none", help="score of a label word: none, length, unconditional"
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="score so many test items only")
+    p.add_argument("--max-length", type=int, help="longest prompt in tokens")
+    p.add_argument("--reasoning-tokens", type=int, default=64, help="longest reasoning (64)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of reasoning; 0: no chance (0)")
+    p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
+    _column_options(p)
+
+
 def _add_looking_verbs(parsers: Any) -> None:
     p = _verb(
         parsers,
@@ -277,7 +336,9 @@ def _add_looking_verbs(parsers: Any) -> None:
         "show what there is",
         "  selfsup list recipes\n  selfsup list methods",
     )
-    p.add_argument("what", nargs="?", help="recipes, methods, models, tasks, tunings or data")
+    p.add_argument(
+        "what", nargs="?", help="recipes, methods, models, tasks, tunings, data, templates"
+    )
 
     p = _verb(
         parsers,
@@ -290,6 +351,133 @@ def _add_looking_verbs(parsers: Any) -> None:
     p.add_argument("path", nargs="?", help="data or a run folder")
     p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
     p.add_argument("--kind", help="text, image, audio, table or series (default: guessed)")
+
+
+def _add_preparing_verbs(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "prep",
+        prep_verbs.clean,  # each verb below sets its own
+        "clean a corpus, or look for a test set in it",
+        "  selfsup prep clean --data crawl/ --out clean/\n"
+        "  selfsup prep contamination --data clean/documents --test test.csv --out found.json",
+    )
+    preparing = p.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=_Parser)
+    p = _verb(
+        preparing,
+        "clean",
+        prep_verbs.clean,
+        "keep what the rules of C4 keep of texts, and each text once",
+        "  selfsup prep clean --data crawl/ --out clean/\n"
+        "  selfsup prep clean --data 'crawl/*.jsonl.gz' --out clean/ --language en\n"
+        "  selfsup prep clean --data chat.csv --text message --out clean/ \\\n"
+        "      --set min_sentences=1 min_line_words=3 bad_words=words.txt",
+    )
+    p.add_argument("--data", required=True, nargs="+", help="files, folders, globs, or hf:NAME")
+    p.add_argument("--out", required=True, help="the folder to make")
+    p.add_argument("--language", metavar="CODE", help="keep one language: en, zh, ...")
+    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument(
+        "--split",
+        default="file",
+        choices=["file", "line", "blank_line"],
+        help="what a document is in .txt files (file)",
+    )
+    _set_option(p, "min_sentences=1 near_duplicates=false")
+    p = _verb(
+        preparing,
+        "contamination",
+        prep_verbs.contamination,
+        "count the items of a test set that a corpus holds",
+        "  selfsup prep contamination --data texts/ --test test.csv --out found.json\n"
+        "  selfsup prep contamination --data texts/ --test dev.tsv --test-text sentence \\\n"
+        "      --n 8 --out found.json --drop clean_dev.jsonl",
+    )
+    p.add_argument("--data", required=True, nargs="+", help="the corpus, as for pretrain")
+    p.add_argument("--test", required=True, help="the test set; of .txt each line is an item")
+    p.add_argument("--out", required=True, metavar="FILE.json", help="the counts, item by item")
+    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument("--test-text", metavar="COLUMN", help="the same of the test set, if another")
+    p.add_argument("--n", type=int, default=13, help="words of an n-gram (13)")
+    p.add_argument("--drop", metavar="OUT.jsonl", help="write the items that are not contaminated")
+
+
+def _add_plan_verb(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "plan",
+        verbs.plan,
+        "count parameters, FLOPs, memory and days of a model before training it",
+        "  selfsup plan gpt3-175b --devices 1024 --tensor 8 --pipeline 8 --hardware a100\n"
+        "  selfsup plan bert-base --hardware rtx4090 --tokens 3e9\n"
+        "  selfsup plan bert-mini-english --set model.layers=12 model.dim=768\n"
+        "names: elmo bert-base bert-large gpt2-xl megatron-8b t5-11b turing-nlg-17b gpt3-175b\n"
+        "       switch-1.6t, or a recipe of text",
+    )
+    p.add_argument("name", help="a published model, a recipe, or a .toml file")
+    p.add_argument(
+        "--hardware", default="h100", help="v100 a100 h100 h200 b200 rtx4090 tpu-v3 tpu-v4 (h100)"
+    )
+    p.add_argument("--tflops", type=float, help="another peak of one device, in 16 bits")
+    p.add_argument("--gigabytes", type=float, help="another memory of one device")
+    p.add_argument("--devices", type=int, default=1, help="all devices (1)")
+    p.add_argument("--tensor", type=int, default=1, help="devices that share every matrix (1)")
+    p.add_argument("--pipeline", type=int, default=1, help="devices in a row of layers (1)")
+    p.add_argument("--experts", type=int, default=0, help="devices that share experts (all copies)")
+    p.add_argument(
+        "--sharding",
+        default="none",
+        choices=("none", "optimizer", "full"),
+        help="what copies keep a share of: ZeRO 1 is optimizer, FSDP full (none)",
+    )
+    p.add_argument("--micro-batch", type=int, default=1, help="rows that a copy reads at once (1)")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations again")
+    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak (0.4)")
+    p.add_argument("--tokens", type=float, help="tokens of the training (default: as published)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    _set_option(p, "model.layers=24")
+
+
+def _add_interop_verbs(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "import",
+        verbs.import_,
+        "make a run of a published checkpoint",
+        "  selfsup import bert-base-uncased --out runs/bert\n"
+        "  selfsup import checkpoints/t5-small --out runs/t5",
+    )
+    p.add_argument(
+        "source", help="a folder of transformers (safetensors), or a name on the Hugging Face Hub"
+    )
+    p.add_argument("--out", required=True, help="the run folder to make")
+
+    p = _verb(
+        parsers,
+        "export",
+        verbs.export,
+        "write a run as a checkpoint of another library",
+        "  selfsup export runs/mine --to transformers --out checkpoints/mine",
+    )
+    p.add_argument("model", help="a run folder with a transformer of text")
+    p.add_argument("--to", default="transformers", help="transformers (the only one so far)")
+    p.add_argument("--out", required=True, help="the folder to make")
+
+
+def _add_study_verb(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "study",
+        verbs.study,
+        "make a published claim again at small scale",
+        "  selfsup study language_methods --out runs/methods --minutes 4",
+    )
+    p.add_argument("name", help="a study (selfsup list studies)")
+    p.add_argument("--out", required=True, help="folder of its runs; what is there is kept")
+    p.add_argument("--only", nargs="+", metavar="ARM", help="a part of the study (all)")
+    p.add_argument("--minutes", type=float, default=4.0, help="of each pre-training (4)")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
+    p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

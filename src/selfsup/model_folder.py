@@ -16,6 +16,7 @@ import torch
 from selfsup import registry
 from selfsup.batch import Batch
 from selfsup.config import from_mapping, read_toml, write_toml
+from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.files import sha256, whole_folder
 from selfsup.models.encoder import Encoder, masked_mean
@@ -65,7 +66,8 @@ def save_model(path: Path, objective: Objective, values: dict[str, Any], preproc
     Args:
         path: the `model/` folder.
         objective: a trained method or task.
-        values: sections `data` (its name), `model` and `method` or `task`, and for a task `labels`.
+        values: sections `data` (its name), `model` and `method` or `task`, and for a task `labels`
+            and `tuning` (`names`, the oldest first).
         preprocessor: what a user's items go through.
     """
     with whole_folder(path) as aside:
@@ -117,6 +119,8 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
         preprocessor.spec if kind == "methods" else names,
         seed=0,
     )
+    for tuning in values.get("tuning", {}).get("names", ()):  # what each of them added
+        registry.resolve(registry.TUNINGS, "tuning", tuning)(objective)
     weights = _verified_weights(path, values)
     others = {k: v for k, v in objective.state_dict().items() if k not in kept_weights(objective)}
     load_weights(objective, {**others, **weights}, str(path / "model.safetensors"))
@@ -271,15 +275,18 @@ class Model:
         return tokenizer.decode([*(ids.tolist() if prompt else []), *out])
 
     def predict(self, items: Sequence[Any], batch_size: int = 64) -> list[Any]:
-        """The label of each item: a class name, a number, or for tagging one tag per word.
+        """The label of each item: a class name, a number, a text, or for tagging a tag per word.
 
         Args:
-            items: texts or pairs; for tagging lists of words, or texts that are split at spaces.
-            batch_size: items per forward pass.
+            items: texts or pairs; for tagging lists of words, or texts that are split at spaces;
+                for span_qa pairs of question and context.
+            batch_size: items (for span_qa windows) per forward pass.
 
         Raises:
             ConfigError: the run was not fine-tuned for a task.
         """
+        if isinstance(self.objective, Task) and self.objective.gives_text:
+            return self._texts(items, batch_size)
         out: list[Any] = [None] * len(items)
         for number, values, _, num_words in self._predictions(items, batch_size):
             if num_words is not None:  # a word beyond the end of its row gets the tag ''
@@ -295,14 +302,26 @@ class Model:
         Raises:
             ConfigError: the run was not fine-tuned for a task, or the task has no classes.
         """
-        if isinstance(self.objective, Task) and not self.names:
-            raise ConfigError(f"{self._kind()} gives numbers, not probabilities: use predict")
+        if isinstance(self.objective, Task) and (self.objective.gives_text or not self.names):
+            what = "texts" if self.objective.gives_text else "numbers"
+            raise ConfigError(f"{self._kind()} gives {what}, not probabilities: use predict")
         out: list[Any] = [None] * len(items)
         for number, _, scores, num_words in self._predictions(items, batch_size):
             shown = scores.float().cpu().numpy()[:num_words]
             lost = 0 if num_words is None else num_words - len(shown)
             out[number] = np.pad(shown, ((0, lost), (0, 0))) if lost else shown
         return out
+
+    def _texts(self, items: Sequence[Any], batch_size: int) -> list[str]:
+        """What the data set makes of the predictions for items without labels."""
+        from selfsup.evaluation.adapt import answers, rows_of  # it imports this module
+
+        if not items:
+            return []
+        task, nothing = self.values["task"]["name"], [None] * len(items)
+        unlabelled = Labelled(task, list(items), nothing, self.names, "items")
+        rows = rows_of(self.objective, self.preprocessor, unlabelled)  # type: ignore[arg-type]
+        return answers(self.objective, rows, batch_size)[1]  # type: ignore[arg-type]
 
     def _predictions(
         self, items: Sequence[Any], batch_size: int

@@ -5,7 +5,8 @@ and turns a batch into a loss. The training loop knows this file and nothing of 
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +42,7 @@ class Objective(nn.Module):
         refresh_every: steps between two calls of `refresh`; None: never, 0: once, before step 0.
         chance_loss: the loss of a guess that ignores its input, where that is known; the guard
             warns when training sits on it.
+        adds_penalty: whether `loss` adds `Features.penalty` of an encoder that has one.
     """
 
     encoder: Encoder
@@ -48,6 +50,7 @@ class Objective(nn.Module):
     kept: tuple[str, ...] = ("encoder",)
     refresh_every: int | None = None
     chance_loss: float | None = None
+    adds_penalty: bool = False
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """One batch to one loss; all randomness (masks, views, negatives) from `generator`."""
@@ -164,9 +167,20 @@ class Predictions(NamedTuple):
 
 
 class Task(Objective):
-    """An objective that reads labels: adds a prediction and names its metric."""
+    """An objective that reads labels: adds a prediction and names its metric.
+
+    Attributes:
+        metric: a name of `evaluation.metrics.METRICS`.
+        gives_text: whether its answers are texts, which the data set's `collect` makes of its
+            predictions, and not names or numbers.
+        max_watched: so many held-out examples are predicted while training; None: all.
+        row_options: what its data set is told, beside the examples.
+    """
 
     metric: str
+    gives_text: bool = False
+    max_watched: int | None = None
+    row_options: Mapping[str, Any] = MappingProxyType({})
 
     def train(self, mode: bool = True) -> Self:
         """As in every module, but an encoder that is wholly frozen stays without dropout."""

@@ -21,6 +21,8 @@ DATA = {
 }
 MODELS = {
     "bag": "selfsup.models.bag:BagEncoder",
+    "elmo": "selfsup.models.elmo:ElmoEncoder",
+    "encoder_decoder": "selfsup.models.encoder_decoder:EncoderDecoder",
     "mlp": "selfsup.models.mlp:MLPEncoder",
     "recurrent": "selfsup.models.recurrent:RecurrentEncoder",
     "resnet": "selfsup.models.resnet:ResNetEncoder",
@@ -47,6 +49,11 @@ METHODS = {
     "context_encoder": "selfsup.methods.generative.context_encoder:ContextEncoder",
     "masked_language": "selfsup.methods.generative.masked_language:MaskedLanguage",
     "causal_language": "selfsup.methods.generative.causal_language:CausalLanguage",
+    "bidirectional_language": (
+        "selfsup.methods.generative.bidirectional_language:BidirectionalLanguage"
+    ),
+    "denoising": "selfsup.methods.generative.denoising:Denoising",
+    "gpt_bert": "selfsup.methods.generative.gpt_bert:GPTBERT",
     "masked_series": "selfsup.methods.generative.masked_series:MaskedSeries",
     "apc": "selfsup.methods.generative.apc:APC",
     "mockingjay": "selfsup.methods.generative.mockingjay:Mockingjay",
@@ -55,10 +62,16 @@ TASKS = {
     "classification": "selfsup.tasks.classification:Classification",
     "tagging": "selfsup.tasks.tagging:Tagging",
     "regression": "selfsup.tasks.regression:Regression",
+    "span_qa": "selfsup.tasks.span_qa:SpanQA",
+    "generation": "selfsup.tasks.generation:Generation",
 }
 TUNINGS = {
     "full": "selfsup.tuning.full:full",
     "probe": "selfsup.tuning.probe:probe",
+    "layer_mix": "selfsup.tuning.layer_mix:layer_mix",
+}
+STUDIES = {
+    "language_methods": "selfsup.studies.language_methods:run",
 }
 TABLES = {"data": DATA, "models": MODELS, "methods": METHODS, "tasks": TASKS, "tunings": TUNINGS}
 

@@ -85,6 +85,35 @@ def record_probe(name: str, run: str, result: dict[str, Any]) -> None:
     )
 
 
+def record_alignment(name: str, run: str, result: dict[str, Any]) -> None:
+    """Records an alignment of two languages in docs/results, and how the run was pre-trained."""
+    values = read_toml(Path(run) / "run.toml")
+    record(
+        name,
+        command=result["command"],
+        seeds=[values["training"]["seed"]],
+        seconds=result["seconds"],
+        scores=result["scores"],
+        pairs=result["pairs"],
+        chance=result["chance"],
+        languages=result["languages"],
+        pretraining={"command": values["command"]["line"]},
+    )
+
+
+def record_prompt(name: str, result: dict[str, Any]) -> None:
+    """Records in-context learning in docs/results."""
+    keys = ("template", "words", "normalise", "balanced", "test_size", "majority", "longest_prompt")
+    record(
+        name,
+        command=result["command"],
+        seeds=result["seeds"],
+        seconds=result["seconds"],
+        scores=result["scores"],
+        **{key: result[key] for key in (*keys, "dropped_demonstrations")},
+    )
+
+
 def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
     """Records an evaluation in docs/results."""
     seed = read_toml(Path(run) / "run.toml")["training"]["seed"]

@@ -22,7 +22,13 @@ def build_method(config: RunConfig, spec: Any) -> Objective:
     """A fresh method with its encoder, as the configuration says."""
     seed = config.training.seed
     encoder = build_encoder(config.model_name, config.model, spec, seed)
-    return build_objective("methods", config.method_name, config.method, encoder, spec, seed)
+    built = build_objective("methods", config.method_name, config.method, encoder, spec, seed)
+    if encoder.has_penalty and not built.adds_penalty:
+        raise ConfigError(
+            f"method {config.method_name} does not train experts (model.experts = 0); "
+            "masked_language, causal_language and denoising do"
+        )
+    return built
 
 
 def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -136,6 +136,31 @@ def probe(options: argparse.Namespace) -> None:
     console.say(f"next: selfsup report {options.model}")
 
 
+def align(options: argparse.Namespace) -> None:
+    """Looks for translations; prints a table with a line per layer."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from selfsup import api, results
+
+    columns = {"text": options.text, "text_b": options.text_b}
+    result = api.align(options.model, options.data, columns)
+    if options.record:
+        results.record_alignment(options.record, options.model, result)
+    there, back = "→".join(result["languages"]), "→".join(reversed(result["languages"]))
+    keys = [f"{prefix}mrr{suffix}" for prefix in ("", "centred_") for suffix in ("", "_back")]
+    heads = [f"{name} {way}" for name in ("MRR", "centred") for way in (there, back)]
+    by_chance = f"by chance {result['chance']:.3f}"
+    title = f"mean reciprocal rank of {result['pairs']:,} translations; {by_chance}"
+    table = Table(Column("vectors", no_wrap=True), "layer", *heads, title=title)
+    for name, layers in result["scores"].items():
+        for layer, scores in enumerate(layers):
+            place = "" if len(layers) == 1 else str(layer)
+            table.add_row(name, place, *(f"{scores[key]:.3f}" for key in keys))
+    Console().print(table)
+    console.say(f"next: selfsup report {options.model}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Scores a run; prints a line per metric."""
     from selfsup import api, results
@@ -146,7 +171,7 @@ def evaluate(options: argparse.Namespace) -> None:
         seconds = time.monotonic() - started
         results.record_evaluation(options.record, options.model, scores, seconds)
     for name, value in scores.items():
-        if isinstance(value, dict):  # detectors of anomalies, one a line
+        if isinstance(value, dict):  # a detector of anomalies, or a corpus of several
             print("\t".join([f"{name:<20}", *(f"{k} {v:.4f}" for k, v in value.items())]))
         else:
             print(f"{name}\t{value:.6g}")
@@ -243,8 +268,100 @@ def predict(options: argparse.Namespace) -> None:
     for name, answer in zip(names, model.predict(values), strict=True):
         if task == "tagging":
             print(" ".join(f"{w}/{t}" for w, t in zip(name.split(), answer, strict=True)))
+        elif isinstance(answer, str):
+            print(f"{' '.join(answer.split())}\t{' '.join(name.split())}")
         else:
             print(f"{answer:.6g}\t{name}")
+
+
+def prompt(options: argparse.Namespace) -> None:
+    """Measures in-context learning and prints a table; or labels the items that are given."""
+    from selfsup import api, results
+
+    settings = {
+        name: getattr(options, name)
+        for name in ("normalise", "balanced", "limit", "max_length", "temperature")
+    }
+    settings |= {"calibrate": options.calibrate, "reasoning_tokens": options.reasoning_tokens}
+    settings |= {"seeds": tuple(options.seeds)}
+    if options.shots is not None:
+        settings["shots"] = tuple(options.shots)
+    if options.items:
+        _answer_prompts(options, settings)
+        return
+    result = api.prompt(
+        options.model,
+        options.template,
+        data=options.data,
+        test=options.test,
+        columns=_columns(options),
+        **settings,
+    )
+    if options.record:
+        results.record_prompt(options.record, result)
+    _print_prompting(result)
+
+
+def _answer_prompts(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """A line per item: the label word, the probability of every word, the item."""
+    from selfsup import api
+    from selfsup.data import templates
+    from selfsup.evaluation import demonstrations, in_context
+
+    if options.test or options.record:
+        raise ConfigError("items are answered, not scored: leave --test and --record out")
+    chosen = in_context.Settings(**{"shots": (4 if options.data else 0,), **settings})
+    template, shots, seed = templates.load(options.template), chosen.shots[0], chosen.seeds[0]
+    if len(chosen.shots) > 1 or (shots and not options.data):
+        raise ConfigError("items are answered after one number of --shots, drawn from --data")
+    items: list[Any] = options.items
+    if template.paired:
+        items = [tuple(item.split(" | ", 1)) if " | " in item else item for item in items]
+    shown = []
+    if shots:
+        pool = demonstrations.read_examples(options.data, template, _columns(options), True)
+        shown = demonstrations.draw(pool, shots, seed, chosen.balanced)
+    answers = in_context.answer(api.load(options.model), template, shown, items, chosen, seed)
+    found = answers.plain if answers.calibrated is None else answers.calibrated
+    for item, shares in zip(options.items, found, strict=True):
+        words = " ".join(f"{w} {p:.4f}" for w, p in zip(template.words, shares, strict=True))
+        print(f"{template.words[shares.argmax()]}\t{words}\t{item}")
+
+
+def _print_prompting(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfsup.report.evidence import interval
+
+    names = {"accuracy": "accuracy", "one_answer": "most given answer"}
+    names |= {"calibrated_accuracy": "calibrated", "calibrated_one_answer": "most given answer"}
+    measured = [name for name in names if name in next(iter(result["scores"].values()))]
+    title = f"{result['test_size']} items of {result['template']}, mean and 95% interval"
+    table = Table("shots", *(names[name] for name in measured), "majority", title=title)
+    for shots, scores in result["scores"].items():
+        cells = [interval(scores[name]) for name in measured]
+        shown = [
+            f"{mean:.3f}" + (f" ±{half:.3f}" if half is not None else "") for mean, half in cells
+        ]
+        table.add_row(shots, *shown, f"{result['majority']:.3f}")
+    Console().print(table)
+
+
+def import_(options: argparse.Namespace) -> None:
+    """Makes a run of a checkpoint; prints the run folder."""
+    from selfsup import api
+
+    run = api.import_(options.source, options.out)
+    print(run)
+    api.say_next(run)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes a run for another library; prints the folder."""
+    from selfsup import api
+
+    print(api.export(options.model, options.out, options.to))
 
 
 def report(options: argparse.Namespace) -> None:
@@ -258,8 +375,9 @@ def list_(options: argparse.Namespace) -> None:
     """Prints what there is."""
     from selfsup import registry
     from selfsup.config import presets, read_toml
+    from selfsup.data import templates
 
-    tables = dict.fromkeys(("recipes", *registry.TABLES))
+    tables = dict.fromkeys(("recipes", *registry.TABLES, "templates"))
     wanted = list(tables) if options.what is None else [options.what]
     if wanted[0] not in tables:
         raise ConfigError(f"cannot list {options.what!r}{nearest(options.what, tables)}")
@@ -270,6 +388,8 @@ def list_(options: argparse.Namespace) -> None:
         if what == "recipes":
             paths = registry.recipe_paths()
             rows = {name: read_toml(path)["recipe"]["summary"] for name, path in paths.items()}
+        elif what == "templates":
+            rows = {name: templates.load(name).instruction for name in templates.paths()}
         else:
             rows = {n: registry.summary(target) for n, target in registry.TABLES[what].items()}
         if what == "models":
@@ -288,3 +408,115 @@ def doctor(options: argparse.Namespace) -> None:
 
     for line in doctor.examine(options.path, options.text, options.kind):
         print(line)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Counts what a model costs; prints a table."""
+    from dataclasses import replace
+
+    from selfsup import planning
+
+    asked = planning.subject(options.name, _settings(options))
+    if options.tokens:
+        asked = replace(asked, tokens=options.tokens)
+    device = planning.hardware(options.hardware)
+    device = replace(
+        device,
+        tflops=options.tflops or device.tflops,
+        gigabytes=options.gigabytes or device.gigabytes,
+    )
+    layout = planning.Layout(
+        devices=options.devices,
+        tensor=options.tensor,
+        pipeline=options.pipeline,
+        experts=options.experts,
+        sharding=options.sharding,
+        micro_batch=options.micro_batch,
+        checkpointing=options.checkpointing,
+        utilisation=options.utilisation,
+    )
+    counts = planning.count(asked)
+    found = planning.plan(counts, layout, device)
+    if options.json:
+        import json
+
+        print(json.dumps(planning.as_mapping(found), indent=1))
+        return
+    _print_plan(counts, found, layout, device)
+
+
+def _print_plan(counts: Any, found: Any, layout: Any, device: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfsup import planning
+
+    def size(count: float) -> str:
+        for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+            if count >= limit:
+                return f"{count / limit:.4g} {unit}"
+        return f"{count:.4g}"
+
+    def gigabytes(count: float) -> str:
+        return f"{count / 1e9:,.1f} GB"
+
+    table = Table("what", "how much", title=found.name)
+    share = f", {found.parameters / found.published - 1:+.1%} of the published" * (
+        found.published > 0
+    )
+    table.add_row("parameters", f"{size(found.parameters)} ({found.parameters:,}{share})")
+    if found.expert_parameters:
+        table.add_row("parameters that a token meets", size(found.active_parameters))
+    table.add_row("FLOPs per token, training", size(found.flops_per_token))
+    table.add_row("weights and gradients per device", gigabytes(found.weight_bytes))
+    table.add_row("optimizer state per device", gigabytes(found.optimizer_bytes))
+    rows = f"{layout.micro_batch} row(s) of {counts.asked.row_length} tokens"
+    table.add_row(f"activations, {rows}", gigabytes(found.activation_bytes))
+    verdict = "fits" if found.fits else "does NOT fit"
+    table.add_row("all of a device", f"{gigabytes(found.bytes_per_device)}: {verdict}")
+    if found.tokens:
+        table.add_row(
+            f"days for {size(found.tokens)} tokens at {layout.utilisation:.0%} of the peak",
+            f"{found.days:,.3g}",
+        )
+    Console().print(table)
+    what = device.summary or "devices"
+    print(
+        f"{layout.devices} x {what}: {layout.copies} copies, tensor {layout.tensor}, "
+        f"pipeline {layout.pipeline}, sharding {layout.sharding}"
+    )
+    if counts.asked.source:
+        print(f"source: {counts.asked.source}")
+    if not found.fits:
+        better = planning.smallest_that_fits(counts, layout, device)
+        if better is None:
+            print("no layout of so many devices holds it: give more --devices")
+        else:
+            print(
+                f"try: --devices {better.devices} --tensor {better.tensor} "
+                f"--pipeline {better.pipeline} --sharding {better.sharding} --checkpointing"
+            )
+
+
+def study(options: argparse.Namespace) -> None:
+    """Makes a published claim again; prints its table."""
+    from selfsup import environment, registry, results
+
+    started = time.monotonic()
+    run = registry.resolve(registry.STUDIES, "study", options.name)
+    found = run(Path(options.out), options.only, options.minutes, tuple(options.seeds))
+    for method, tasks in found["scores"].items():
+        for task, tunings in tasks.items():
+            for tuning, arms in tunings.items():
+                means = [f"{arm} {sum(x) / len(x):.3f}" for arm, x in arms.items()]
+                print("\t".join([method, task, tuning, *means]))
+    if options.record:
+        more = {key: value for key, value in found.items() if key not in ("scores", "seeds")}
+        results.record(
+            options.record,
+            command=environment.command_line(),
+            seeds=found["seeds"],
+            seconds=time.monotonic() - started,
+            scores=found["scores"],
+            **more,
+        )

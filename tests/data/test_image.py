@@ -800,7 +800,7 @@ def test_every_labelled_source_gives_the_same_examples(kind, tmp_path):
     assert labelled.source == str(path)
     data = preprocessor().labelled(labelled)
     assert data.fields == ("image", "label", "index")
-    assert (data.lengths, data.truncated, data.word_labels) == (None, 0, [])
+    assert (data.lengths, data.truncated) == (None, 0)
     assert data.task == "classification"
     assert len(data) == 6
     batch = data.batch(np.array([4, 1]))

@@ -424,7 +424,7 @@ def test_labels_of_a_ts_file(tmp_path):
     expected = torch.tensor([[0, 0.2, 0.4, 0.6], [-2, -1.8, -1.6, math.nan]])
     torch.testing.assert_close(batch["series"][:, :, 0], expected, equal_nan=True)
     assert batch["mask"].tolist() == [[True] * 4, [True, True, True, False]]
-    assert (data.task, data.truncated, data.word_labels) == ("classification", 0, [])
+    assert (data.task, data.truncated) == ("classification", 0)
     assert data.lengths.tolist() == [3 + i % 4 for i in range(20)]
 
 

@@ -501,7 +501,7 @@ def test_labels_of_a_table(tmp_path):
     assert batch["label"].tolist() == [1, 0]
     assert batch["label"].dtype == torch.int64
     assert (data.task, data.labels.tolist(), data.truncated) == ("classification", [1, 0, 1], 0)
-    assert (data.word_labels, data.lengths, len(data)) == ([], None, 3)
+    assert (data.lengths, len(data)) == (None, 3)
 
 
 def test_numbers_as_labels(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError, StorageError
 
-KINDS = ("wordpiece", "bpe", "unigram", "byte", "character")
+KINDS = ("wordpiece", "word", "bpe", "unigram", "byte", "character")
 ENGLISH = "The quick brown fox jumps over the lazy dog, and it's 3.5 metres from café to café."
 CHINESE = "我喜欢学习，机器学习。"
 CORPUS = [ENGLISH, CHINESE, f"Both: {CHINESE} and words"] * 20
@@ -106,6 +106,28 @@ def test_continues_are_the_pieces_inside_words(kind, starts):
     ]
     assert expected
     assert list(vocabulary.continues) == expected
+
+
+@pytest.mark.parametrize("style", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_spellings_are_the_text_of_the_tokens(kind, style):
+    tokenizer = trained(kind, style)
+    vocabulary = tokenizer.vocabulary
+    assert len(vocabulary.spellings) == vocabulary.size
+    assert all(vocabulary.spellings[i] == b"" for i in vocabulary.special)
+    text = "the lazy café 学习"
+    spelled = b"".join(vocabulary.spellings[i] for i in tokenizer.encode([text])[0])
+    accents = text.replace("é", "e") if kind in ("wordpiece", "word") else text
+    assert spelled.replace(b" ", b"").decode() == accents.replace(" ", "")
+
+
+def test_words_are_whole_and_rare_ones_unknown():
+    config = TokenizerConfig(kind="word", vocab_size=16)
+    tokenizer = Tokenizer.train(config, ["often, rare"] + ["often it's here ."] * 9)
+    ids = tokenizer.encode(["Often rarest it's here."])[0]
+    assert [tokenizer.token(i) for i in ids] == ["often", "[UNK]", "it", "'", "s", "here", "."]
+    assert tokenizer.decode(ids) == "often [UNK] it's here."
+    assert tokenizer.vocabulary.continues == ()
 
 
 @pytest.mark.parametrize("style", ["bert", "gpt"])
@@ -230,7 +252,7 @@ def test_training_needs_text(kind):
         Tokenizer.train(TokenizerConfig(kind=kind), iter(["", ""]))
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "character"])
+@pytest.mark.parametrize("kind", ["wordpiece", "word", "bpe", "character"])
 def test_the_same_text_gives_the_same_tokenizer(kind):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghéж", k=rng.randint(2, 6))) for _ in range(300)]

@@ -124,8 +124,12 @@ def test_span_f1_by_hand():
         span_f1([["NOUN"]], [["O"]])
 
 
+OF_TEXTS = ("exact_match", "answer_f1", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")
+OF_LABELS = {name: metric for name, metric in METRICS.items() if name not in OF_TEXTS}
+
+
 def test_metrics_refuse_unequal_lengths():
-    for name, metric in METRICS.items():
+    for name, metric in OF_LABELS.items():
         if name not in ("pearson", "spearman"):
             with pytest.raises(ValueError, match="sentence 0: 2 tags, but 1 predictions"):
                 metric([["O", "O"]], [["O"]])
@@ -134,7 +138,7 @@ def test_metrics_refuse_unequal_lengths():
 
 
 def test_metrics_give_plain_floats():
-    for name, metric in METRICS.items():
+    for name, metric in OF_LABELS.items():
         values = [["B-X"], ["O"]] if name == "span_f1" else [0.0, 1.0]
         assert type(metric(values, values)) is float
         assert metric(values, values) == pytest.approx(1.0)
@@ -156,10 +160,21 @@ def test_errors_by_hand():
 
 def test_nothing_in_metrics_is_better_when_smaller():
     """A sweep takes the greatest value of these, so being right must beat being wrong."""
-    for name, metric in METRICS.items():
+    for name, metric in OF_LABELS.items():
         truth = [["B-X", "O"], ["O", "O"]] if name == "span_f1" else [0.0, 1.0, 1.0]
         wrong = [["O", "O"], ["B-X", "O"]] if name == "span_f1" else [1.0, 0.0, 1.0]
         assert metric(truth, truth) > metric(truth, wrong)
+
+
+def test_metrics_of_texts_compare_each_with_its_right_ones():
+    texts = ["one two three four", "five six seven eight"]
+    for name in OF_TEXTS:
+        metric, truth = METRICS[name], [[text] for text in texts]
+        assert type(metric(truth, texts)) is float
+        assert metric(truth, texts) == pytest.approx(1.0)
+        assert metric(truth, ["one two three four", "nine"]) < 1.0
+        with pytest.raises(ValueError, match=r"2 .* and 1 .* do not pair up"):
+            metric(truth, texts[:1])
 
 
 def slow_area_under_roc(positives, negatives):

@@ -13,10 +13,10 @@ from selfsup.methods.generative import causal_language
 from selfsup.methods.generative.causal_language import (
     CausalLanguage,
     Config,
-    filtered,
     next_tokens,
     surprisal,
 )
+from selfsup.models.decoding import filtered
 from selfsup.models.transformer import Config as Model
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.objective import Generates, Scores

@@ -33,6 +33,7 @@ VOCABULARY = Vocabulary(
     sep=SEP,
     mask=MASK,
     continues=(7, 11, 12),
+    spellings=(*[b""] * 5, *(bytes([97 + letter]) for letter in range(NUM_LETTERS))),
     unigram_entropy=float(np.log(NUM_LETTERS)),
 )
 
@@ -453,6 +454,7 @@ UNSCALED = {**FRAMES, "embedding_std": 0.0, "init_std": 0.1}
 ALL_TOLD = {**NO_DROPOUT, "method.start_probability": 1.0}
 PLACED_TOLD = {**ALL_TOLD, "model.positions": "learned"}
 BAG = {"name": "bag", "dim": 16}
+ELMO = {"name": "elmo", "dim": 16, "cell": 32, "filters": [8, 8], "dropout": 0.05}
 WORDS = {"window": 2, "subsample": 0.0}
 CBOW = {**WORDS, "architecture": "cbow"}
 CASES = [
@@ -488,6 +490,7 @@ CASES = [
     Case("word2vec", sequences("packed"), BAG, CBOW, zero=("output.weight",)),
     Case("causal_language", sequences("packed"), CAUSAL, {}, NO_DROPOUT, random=False),
     Case("causal_language", sequences("single"), CAUSAL, {"head": "bert"}, NO_DROPOUT, False),
+    Case("bidirectional_language", sequences("packed"), ELMO, {}, NO_DROPOUT, random=False),
     Case("masked_series", Series, STACKED, {}, ALL_HIDDEN, leaves=0.7),
     Case("masked_series", Series, FRAMES, {"instance_norm": False, "mask_rate": 0.6}, ALL_HIDDEN),
     Case("apc", Speech, RECURRENT, {"shift": 3}, {}, random=False, leaves=0.6),

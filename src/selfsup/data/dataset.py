@@ -40,16 +40,28 @@ class LabelledDataset(Dataset, Protocol):
     """Labelled examples as batches, with `label`; what a preprocessor's `labelled` gives.
 
     Attributes:
-        task: classification, regression or tagging.
-        labels: (examples,) class numbers or numbers; empty for tagging.
-        word_labels: for tagging the tag numbers of every word of every example; else empty.
+        task: a name of `registry.TASKS`.
+        labels: (examples,) class numbers or numbers; empty where labels are of another form.
         truncated: how many examples lost something because they were too long.
     """
 
     task: str
     labels: Any
-    word_labels: list[np.ndarray]
     truncated: int
+
+    def collect(
+        self, values: Sequence[np.ndarray], scores: Sequence[np.ndarray]
+    ) -> tuple[list[Any], list[Any]]:
+        """Truth and guess, as the task's metric reads them, of what a task predicts for all rows.
+
+        Here each row is one example; a data set that gives several rows for one, or many labels
+        in a row, says in its own `collect` what its rows come to.
+
+        Args:
+            values: the task's `Predictions.values` of every row, in the order of the rows.
+            scores: likewise its `Predictions.scores`.
+        """
+        return np.asarray(self.labels).tolist(), np.stack(values).tolist()
 
 
 class Preprocessor(Protocol):

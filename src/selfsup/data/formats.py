@@ -15,6 +15,7 @@ name the file, and the line where there is one.
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
@@ -22,8 +23,9 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -34,6 +36,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 KNOWN = f"{' '.join(FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
 CHUNK = 1 << 16  # characters read at once
 Split = Literal["file", "line", "blank_line"]
+Take = Callable[[Any, str, str], Any]  # of (record, column, "file:place"): `text_of`, `record_of`
 
 
 def format_of(path: Path) -> tuple[str, str]:
@@ -58,16 +61,41 @@ def fragments(path: Path, column: str, split: Split) -> Iterator[tuple[int, str]
     Raises:
         DataError: the file is damaged, not UTF-8, or lacks the column.
     """
-    kind = format_of(path)[0]
-    if kind == ".txt":
+    if format_of(path)[0] == ".txt":
         return _txt(path, split)
+    return _taken(path, column, text_of)
+
+
+def records(path: Path, column: str, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The documents of one file with all their columns, each whole in memory.
+
+    Args:
+        path: a file with one of the known extensions.
+        column: where the text is; it is a string in every record, whatever the format.
+        split: what a document is in .txt files.
+
+    Yields:
+        (place, record): place as in `fragments`.
+
+    Raises:
+        DataError: as `fragments`.
+    """
+    if format_of(path)[0] == ".txt":
+        for place, pieces in itertools.groupby(_txt(path, split), key=itemgetter(0)):
+            yield place, {column: "".join(text for _, text in pieces)}
+    else:
+        yield from _taken(path, column, record_of)
+
+
+def _taken(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
+    kind = format_of(path)[0]
     if kind == ".jsonl":
-        return _jsonl(path, column)
+        return _jsonl(path, column, take)
     if kind == ".json":
-        return _json(path, column)
+        return _json(path, column, take)
     if kind == ".parquet":
-        return _parquet(path, column)
-    return _csv(path, column, "\t" if kind == ".tsv" else ",")
+        return _parquet(path, column, take)
+    return _csv(path, column, "\t" if kind == ".tsv" else ",", take)
 
 
 def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
@@ -93,7 +121,7 @@ def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
             line += line_begins
 
 
-def _jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
+def _jsonl(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     with decoded_text(path) as stream:
         for line, text in enumerate(stream, start=1):
             if text.isspace():
@@ -105,10 +133,10 @@ def _jsonl(path: Path, column: str) -> Iterator[tuple[int, str]]:
                     f"{path}:{line}: not JSON ({error.msg} at column {error.colno}); "
                     "every line must be one object"
                 ) from error
-            yield line, text_of(record, column, f"{path}:{line}")
+            yield line, take(record, column, f"{path}:{line}")
 
 
-def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
+def _json(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     """A list, or objects one after another, decoded element by element."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     with decoded_text(path) as stream:
@@ -133,11 +161,11 @@ def _json(path: Path, column: str) -> Iterator[tuple[int, str]]:
                 line += held.count("\n", 0, error.pos)
                 raise DataError(f"{path}:{line}: not JSON ({error.msg})") from error
             number += 1
-            yield number, text_of(record, column, f"{path}: element {number}")
+            yield number, take(record, column, f"{path}: element {number}")
             at = end
 
 
-def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
+def _csv(path: Path, column: str, delimiter: str, take: Take) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
     with decoded_text(path, newline="") as stream:
         # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
@@ -161,7 +189,8 @@ def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
                             f"{len(header)}; a text that holds {delimiter!r} is quoted in .csv, "
                             "and cannot stand in .tsv"
                         )
-                    yield line, row[place]
+                    record = {**dict(zip(header, row, strict=True)), column: row[place]}
+                    yield line, take(record, column, f"{path}:{line}")
                 line = rows.line_num + 1
         except csv.Error as error:
             raise DataError(
@@ -170,7 +199,7 @@ def _csv(path: Path, column: str, delimiter: str) -> Iterator[tuple[int, str]]:
             ) from error
 
 
-def _parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
+def _parquet(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -185,10 +214,11 @@ def _parquet(path: Path, column: str) -> Iterator[tuple[int, str]]:
             if column not in names:
                 raise DataError(f"{path}: no column {column!r}{nearest(column, names)}")
             number = 0
-            for batch in table.iter_batches(batch_size=1000, columns=[column]):
-                for value in batch.column(0).to_pylist():
+            columns = [column] if take is text_of else None
+            for batch in table.iter_batches(batch_size=1000, columns=columns):
+                for record in batch.to_pylist():
                     number += 1
-                    yield number, text_of(value, column, f"{path}: row {number}")
+                    yield number, take(record, column, f"{path}: row {number}")
         except arrow.ArrowException as error:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
@@ -208,6 +238,12 @@ def text_of(record: Any, column: str, where: str) -> str:
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which is no character
         return record.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return record
+
+
+def record_of(record: Any, column: str, where: str) -> dict[str, Any]:
+    """A record whose `column` is a string; a bare string becomes one."""
+    fields = record if isinstance(record, dict) else {}
+    return {**fields, column: text_of(record, column, where)}
 
 
 def _binary(path: Path) -> IO[bytes]:

@@ -47,6 +47,8 @@ USUAL = {
     "label": LABEL,
     "words": (*TEXT, "tokens", "words"),
     "tags": (*LABEL, "tags"),
+    "source": ("source", "src", "input", "text", "document", "dialogue", "article", "classical"),
+    "target": ("target", "tgt", "output", "summary", "translation", "modern", *LABEL[:2]),
 }
 
 
@@ -96,7 +98,7 @@ def table(path: Path, headerless: bool = False) -> tuple[list[str], list[Record]
     suffix = suffix_of(path)
     if suffix == ".parquet":
         return _parquet(path)
-    text = _text(path)
+    text = whole_text(path)
     if suffix == ".jsonl":
         return _jsonl(path, text)
     lines = _csv(path, text) if suffix == ".csv" else _tsv(text)
@@ -131,7 +133,8 @@ def find_column(path: Path, columns: list[str], what: str, given: str | int | No
     Raises:
         DataError: no such column, none of a usual name, or several of them.
     """
-    option = {"words": "text", "tags": "label"}.get(what, what)
+    options = {"words": "text", "tags": "label", "source": "text", "target": "label"}
+    option = options.get(what, what)
     shown = f"columns: {', '.join(map(repr, columns))}"
     if given is not None:
         if str(given) not in columns:
@@ -174,7 +177,7 @@ def sentences(path: Path, label: str | int | None = None) -> Iterator[Sentence]:
     words: list[str] = []
     tags: list[str] = []
     start = 0
-    for number, line in enumerate([*_lines(_text(path)), ""], start=1):
+    for number, line in enumerate([*_lines(whole_text(path)), ""], start=1):
         if not line.strip():
             if words and words != ["-DOCSTART-"]:
                 yield Sentence(f"{path}:{start}", words, tags)
@@ -295,7 +298,12 @@ def _lines(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
-def _text(path: Path) -> str:
+def whole_text(path: Path) -> str:
+    """The text of a file, unpacked.
+
+    Raises:
+        DataError: it cannot be read, is a damaged archive, or is not UTF-8.
+    """
     content = _content(path)
     try:
         return content.decode("utf-8-sig")

@@ -11,7 +11,7 @@ import torch
 from selfsup.batch import Batch
 from selfsup.data.audio_features import collate, compiled_pattern
 from selfsup.data.audio_files import find, path_says
-from selfsup.data.dataset import Dataset
+from selfsup.data.dataset import LabelledDataset
 from selfsup.data.label_files import Record, find_column, suffix_of, table
 from selfsup.data.labels import Labelled, check_known, finite_number, label_numbers, names_of
 from selfsup.errors import ConfigError, DataError
@@ -146,7 +146,7 @@ def _cell(record: Record, column: str) -> str:
 
 
 @final
-class LabelledSounds(Dataset):
+class LabelledSounds(LabelledDataset):
     """Labelled sounds as batches; every file is read once, here, and its features stay in memory.
 
     Batches hold the fields of `Sounds` and `label`: (batch,) int64 class numbers, or (batch,)
@@ -159,7 +159,6 @@ class LabelledSounds(Dataset):
     Attributes:
         labels: (examples,) class numbers or numbers.
         truncated: how many sounds were cut.
-        word_labels: empty; sounds have no tagging.
 
     Raises:
         DataError: a sound cannot be used; it is named.
@@ -170,7 +169,6 @@ class LabelledSounds(Dataset):
         found = preprocessor.rows(labelled.items, f"{labelled.source}: item")
         self.examples, self.truncated = found
         self.labels = label_numbers(labelled)
-        self.word_labels: list[np.ndarray] = []
         main, *others = preprocessor.features.widths
         self.fields = (main, "mask", "index", *others, "label")
         self.lengths = np.array([len(row[main]) for row in self.examples])

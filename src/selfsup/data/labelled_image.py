@@ -165,7 +165,7 @@ class LabelledImages(LabelledDataset):
 
     Attributes:
         labels: (examples,) class numbers (int64) or numbers (float64).
-        lengths, truncated, word_labels: pictures have neither lengths nor words.
+        lengths, truncated: None and 0; pictures have no lengths.
 
     Raises:
         DataError: a picture cannot be used; it is named.
@@ -182,7 +182,6 @@ class LabelledImages(LabelledDataset):
         for number, values in enumerate(decode_items(labelled.items, form, labelled.source)):
             self.pictures[number] = values
         self.labels = label_numbers(labelled)
-        self.word_labels: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self.pictures)

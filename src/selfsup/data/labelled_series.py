@@ -53,15 +53,15 @@ class LabelledSeries(LabelledDataset):
     """Whole series with labels.
 
     Attributes:
-        fields, lengths, task, labels, word_labels, truncated: see `LabelledDataset`; nothing is
-            cut, so `truncated` is 0.
+        fields, lengths, task, labels, truncated: see `LabelledDataset`; nothing is cut, so
+            `truncated` is 0.
     """
 
     def __init__(self, series: list[np.ndarray], labelled: Labelled):
         self.series = Windows(series)
         self.fields, self.lengths = (*self.series.fields, "label"), self.series.lengths
         self.task, self.labels = labelled.task, label_numbers(labelled)
-        self.word_labels, self.truncated = [], 0
+        self.truncated = 0
 
     def __len__(self) -> int:
         return len(self.series)

@@ -111,14 +111,14 @@ class LabelledRows(LabelledDataset):
     """Encoded rows with labels.
 
     Attributes:
-        fields, lengths, task, labels, word_labels, truncated: see `LabelledDataset`; rows have
-            neither words nor ends.
+        fields, lengths, task, labels, truncated: see `LabelledDataset`; a row has no end
+            to cut.
     """
 
     def __init__(self, rows: np.ndarray, labelled: Labelled):
         self.rows, self.fields, self.lengths = Rows(rows), ("row", "label", "index"), None
         self.task, self.labels = labelled.task, label_numbers(labelled)
-        self.word_labels, self.truncated = [], 0
+        self.truncated = 0
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,6 +6,7 @@ the task is an error that names file and line.
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from selfsup.batch import Batch
-from selfsup.data.dataset import Dataset, pad_mask, pad_rows
+from selfsup.data.dataset import LabelledDataset, pad_mask, pad_rows
 from selfsup.data.label_files import (
     TABLES,
     Record,
@@ -166,7 +167,7 @@ def _tagged(record: Record, first: str, answer: str) -> Sentence:
 
 
 @final
-class LabelledText(Dataset):
+class LabelledText(LabelledDataset):
     """Labelled text as batches; everything is tokenised once, here.
 
     Batches hold `tokens`, `mask`, `index`, `segments` for pairs, and `label`: (batch,) int64 class
@@ -234,6 +235,18 @@ class LabelledText(Dataset):
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def collect(
+        self, values: Sequence[np.ndarray], scores: Sequence[np.ndarray]
+    ) -> tuple[list[Any], list[Any]]:
+        """As `LabelledDataset.collect`; for tagging all words in one list, -1 where cut off."""
+        if self.task != "tagging":
+            return super().collect(values, scores)
+        guess = [np.full(len(tags), -1.0) for tags in self.word_labels]
+        for tags, row in zip(guess, values, strict=True):
+            seen = row[: len(tags)]
+            tags[: len(seen)] = seen
+        return np.concatenate(self.word_labels).tolist(), np.concatenate(guess).tolist()
 
     def batch(self, numbers: np.ndarray) -> Batch:
         """The examples of those numbers as CPU tensors."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from selfsup import console
 from selfsup.errors import ConfigError, DataError, nearest
 from selfsup.randomness import derive, numpy_generator
 
@@ -28,10 +29,11 @@ class Labelled:
     ['bad']
 
     Attributes:
-        task: classification, regression or tagging.
+        task: classification, regression, tagging or span_qa.
         items: what the kind of data reads: texts, (text, text) pairs, for tagging lists of words,
             paths of pictures or sounds, table rows, windows.
-        labels: class names, or for regression finite floats, or for tagging lists of tag names.
+        labels: class names, or for regression finite floats, or for tagging lists of tag names, or
+            for span_qa lists of `span_files.Answer`.
         names: every class or tag of the training data, in the order of their numbers; empty for
             regression.
         source: the file, for messages.
@@ -125,6 +127,35 @@ def check_known(label: str, names: Sequence[str], where: str, about: str = "") -
             f"{where}: label {label!r}{about} is not among the training labels"
             f"{nearest(label, names)}"
         )
+
+
+def with_known_first(labelled: Labelled, names: Sequence[str]) -> Labelled:
+    """Tagged words with `names` as the first numbers, and after them the tags that are not known.
+
+    Another language may have tags that training has not seen: no answer can be right there, so they
+    count as wrong, and a warning names them.
+
+    >>> toy = Labelled("tagging", [["ha"]], [["INTJ"]], ("INTJ",), "toy")
+    >>> with_known_first(toy, ("INTJ", "NOUN")).names
+    ('INTJ', 'NOUN')
+
+    Raises:
+        DataError: no tag is known: it is another set of tags.
+    """
+    every = [tag for tags in labelled.labels for tag in tags]
+    unknown = tuple(name for name in labelled.names if name not in names)
+    missed = sum(tag in unknown for tag in every)
+    if missed == len(every):
+        raise DataError(
+            f"{labelled.source}: none of its tags ({', '.join(labelled.names[:5])}, ...) is among "
+            f"those of training ({', '.join(names[:5])}, ...); choose the column of the tags"
+        )
+    if missed:
+        console.warn(
+            f"{labelled.source}: {missed:,} of {len(every):,} words have a tag that training has "
+            f"not seen, and count as wrong: {', '.join(unknown)}"
+        )
+    return replace(labelled, names=(*names, *unknown))
 
 
 def finite_number(text: str, where: str, what: str = "the label") -> float:

@@ -7,8 +7,17 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Any
 
-from selfsup.data.formats import KNOWN, Split, format_of, fragments, text_of
+from selfsup.data.formats import (
+    KNOWN,
+    Split,
+    format_of,
+    fragments,
+    record_of,
+    records,
+    text_of,
+)
 from selfsup.data.sources import HubDataset, Place, Source, Wanted, find, opened
 
 PART_CHARS = 100_000  # a longer document comes in parts, so that memory stays flat
@@ -63,6 +72,24 @@ def documents(
             for part, text in enumerate(_parts(texts, part_chars)):
                 yield Document(text, origin, number, part)
             number += 1
+
+
+def document_records(
+    source: Source, *, text_column: str = "text", split: Split = "file"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every document with all its columns, whole: (origin, record), in the order of `documents`.
+
+    Raises:
+        DataError: as `documents`.
+    """
+    for item in resolve(source):
+        if isinstance(item, HubDataset):
+            with opened(item) as rows:
+                for number, row in enumerate(rows, start=1):
+                    yield f"{item}:{number}", record_of(row, text_column, f"{item}: row {number}")
+        else:
+            for place, record in records(item, text_column, split):
+                yield f"{item}:{place}" if place else str(item), record
 
 
 def resolve(source: Source) -> list[Place]:

@@ -9,12 +9,15 @@ nothing is padded and nothing is lost:
 
 With `rows = "pairs"` a row brings two spans of one document, B directly after A, for next-sentence
 and sentence-order prediction; the method swaps them.
+
+Several named corpora, one for each language, share a tokenizer and are mixed: `corpora.py`.
 """
 
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -23,14 +26,18 @@ import tomli_w
 
 from selfsup import console, files
 from selfsup.batch import Batch, Vocabulary
-from selfsup.data.dataset import Prepared, pad_mask, pad_rows
+from selfsup.data import corpora, labelled_pairs, labelled_text, span_files
+from selfsup.data.dataset import Dataset, LabelledDataset, Prepared, pad_mask, pad_rows
 from selfsup.data.formats import Split
-from selfsup.data.labelled_text import LabelledText, read
+from selfsup.data.labelled_pairs import LabelledPairs
+from selfsup.data.labelled_spans import LabelledSpans
+from selfsup.data.labelled_text import LabelledText
 from selfsup.data.labels import Labelled
 from selfsup.data.reading import documents, resolve
 from selfsup.data.rows import MIN_PAIR_TOKENS, PackedRows, PairRows
-from selfsup.data.sources import HubDataset, Source
+from selfsup.data.sources import Place, Source
 from selfsup.data.store import (
+    Store,
     StoreConfig,
     build_or_open,
     default_cache,
@@ -55,6 +62,8 @@ class Config:
         valid_fraction: share of the documents that is held out.
         drop_duplicates: leaves out documents whose text was read before.
         across_documents: lets attention cross from one document of a packed row into the next.
+        sampling_exponent: how far named corpora are drawn by their size: 1.0 in proportion, 0.0 all
+            alike.
         tokenizer: which tokenizer is trained, or taken.
     """
 
@@ -65,6 +74,7 @@ class Config:
     valid_fraction: float = 0.05
     drop_duplicates: bool = False
     across_documents: bool = False
+    sampling_exponent: float = 0.7
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
@@ -74,6 +84,10 @@ class Config:
             raise ConfigError(
                 f"data.valid_fraction must be above 0 and at most 0.5, got {self.valid_fraction}"
             )
+        if not 0 <= self.sampling_exponent <= 1:
+            raise ConfigError(
+                f"data.sampling_exponent must be from 0 to 1, got {self.sampling_exponent}"
+            )
 
 
 def prepare(config: Config, source: Source, cache: Path | None = None) -> Prepared:
@@ -81,82 +95,105 @@ def prepare(config: Config, source: Source, cache: Path | None = None) -> Prepar
 
     Args:
         config: see `Config`.
-        source: files, folders, globs, a dataset name, or a list of those.
+        source: files, folders, globs, a dataset name, or a list of those; each "NAME=PATH,PATH" is
+            a corpus of its own, drawn by its share.
         cache: folder of tokenized corpora; $SELFSUP_CACHE or ~/.cache/selfsup when None.
 
     Raises:
-        DataError: nothing is found, a file cannot be read, or the corpus is too small.
+        DataError: nothing is found, a file cannot be read, or a corpus is too small.
         StorageError: the cache cannot be written.
     """
     cache = default_cache() if cache is None else Path(cache)
-    items = resolve(source)
+    items: dict[str, list[Place]] = {}
+    for name, given in corpora.named(source).items():
+        with corpora.corpus(name):
+            items[name] = resolve(given)
     tokenizer = _tokenizer(config, items, cache)
-    store_config = StoreConfig(
+    stores, train, valid = {}, {}, {}
+    for name, places in items.items():
+        with corpora.corpus(name):
+            stores[name] = store = build_or_open(places, tokenizer, _store_config(config), cache)
+            train[name] = _rows(config, store.train, tokenizer, "train", store.meta)
+            valid[name] = _rows(config, store.valid, tokenizer, "valid", store.meta)
+    sides: dict[str, Dataset]
+    if len(items) == 1:
+        (name,) = items
+        sides, facts = {"train": train[name], "valid": valid[name]}, dict(stores[name].meta)
+    else:
+        sides, facts = _mixed(config, tokenizer.vocabulary, stores, train, valid)
+    facts |= {"files": sum(map(len, items.values())), "tokenizer": tokenizer.fingerprint}
+    for side, parts in (("train", train), ("valid", valid)):
+        facts[f"{side}_rows"] = len(sides[side])
+        skipped = [rows.num_skipped for rows in parts.values() if isinstance(rows, PairRows)]
+        if skipped:
+            facts[f"{side}_documents_too_short_for_pairs"] = sum(skipped)
+    vocabulary = replace(tokenizer.vocabulary, unigram_entropy=float(facts["unigram_entropy"]))
+    preprocessor = TextPreprocessor(tokenizer, config.row_length)
+    return Prepared(sides["train"], sides["valid"], vocabulary, preprocessor, facts)
+
+
+def _store_config(config: Config) -> StoreConfig:
+    return StoreConfig(
         text_column=config.text_column,
         split_documents=config.split_documents,
         valid_fraction=config.valid_fraction,
         drop_duplicates=config.drop_duplicates,
     )
-    store = build_or_open(items, tokenizer, store_config, cache)
-    facts = {**store.meta, "files": len(items), "tokenizer": tokenizer.fingerprint}
-    vocabulary = replace(tokenizer.vocabulary, unigram_entropy=float(store.meta["unigram_entropy"]))
-    train, valid = (
-        _rows(config, stream, vocabulary, tokenizer.style, side, store.meta)
-        for side, stream in (("train", store.train), ("valid", store.valid))
-    )
-    for side, rows in (("train", train), ("valid", valid)):
-        facts[f"{side}_rows"] = len(rows)
-        if isinstance(rows, PairRows):
-            facts[f"{side}_documents_too_short_for_pairs"] = rows.num_skipped
-    preprocessor = TextPreprocessor(tokenizer, config.row_length)
-    return Prepared(train, valid, vocabulary, preprocessor, facts)
 
 
-def _tokenizer(config: Config, items: list[Path | HubDataset], cache: Path) -> Tokenizer:
-    """The given tokenizer, the one trained for this corpus before, or a new one."""
+def _mixed(
+    config: Config,
+    vocabulary: Vocabulary,
+    stores: dict[str, Store],
+    train: dict[str, PackedRows | PairRows],
+    valid: dict[str, PackedRows | PairRows],
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Both sides of several corpora, held out with the shares of training; and their counts."""
+    share = corpora.shares([len(rows) for rows in train.values()], config.sampling_exponent)
+    sides = [corpora.MixedRows(dict(parts), share, vocabulary.pad) for parts in (train, valid)]
+    facts = corpora.joined_facts(stores, sides[0], share, vocabulary)
+    return {"train": sides[0], "valid": sides[1]}, facts
+
+
+def _tokenizer(config: Config, items: dict[str, list[Place]], cache: Path) -> Tokenizer:
+    """The given tokenizer, the one trained for these corpora before, or a new one."""
     wanted = config.tokenizer
     if wanted.file is not None:
         return Tokenizer.load(wanted.file)
-    key = {"column": config.text_column, "split": config.split_documents, "kind": repr(wanted)}
-    folder = cache / f"tokenizer-{source_fingerprint(items, key)}"
+    key: dict[str, Any] = {
+        "column": config.text_column,
+        "split": config.split_documents,
+        "kind": repr(wanted),
+    }
+    if len(items) > 1:
+        names = {name: len(places) for name, places in items.items()}
+        key |= {"corpora": names, "exponent": config.sampling_exponent}
+    places = list(chain.from_iterable(items.values()))
+    folder = cache / f"tokenizer-{source_fingerprint(places, key)}"
     if folder.exists():
         try:
             return Tokenizer.load(folder)
         except DataError as error:
             console.warn(f"{error}; it is trained again")
     console.say(f"training a {wanted.kind} tokenizer")
-    tokenizer = Tokenizer.train(wanted, _sample(config, items))
+    read = partial(documents, text_column=config.text_column, split=config.split_documents)
+    if len(items) == 1:
+        texts = corpora.sample(places, wanted.train_chars, read)
+    else:
+        texts = corpora.mixed_sample(items, config.sampling_exponent, wanted.train_chars, read)
+    tokenizer = Tokenizer.train(wanted, texts)
     tokenizer.save(folder)
     return tokenizer
-
-
-def _sample(config: Config, items: list[Path | HubDataset]) -> Iterator[str]:
-    """Texts for training a tokenizer: from every file, in proportion to its size.
-
-    Reading only the first files would leave out a language that comes later in the alphabet.
-    """
-    sizes = [item.stat().st_size if isinstance(item, Path) else 0 for item in items]
-    if not all(sizes):
-        sizes = [1] * len(items)
-    for item, size in zip(items, sizes, strict=True):
-        left = max(1, round(config.tokenizer.train_chars * size / sum(sizes)))
-        for document in documents(
-            item, text_column=config.text_column, split=config.split_documents
-        ):
-            yield document.text[:left]
-            left -= len(document.text)
-            if left <= 0:
-                break
 
 
 def _rows(
     config: Config,
     stream: np.ndarray,
-    vocabulary: Vocabulary,
-    style: str,
+    tokenizer: Tokenizer,
     side: str,
     meta: dict[str, Any],
 ) -> PackedRows | PairRows:
+    vocabulary, style = tokenizer.vocabulary, tokenizer.style
     counts = f"{meta['documents']} documents gave {len(stream)} {side} tokens"
     more = "" if side == "train" else ", raise data.valid_fraction"
     if config.rows == "pairs":
@@ -227,9 +264,13 @@ class TextPreprocessor:
             raise DataError(f"{path}: not the preprocessor of a text model ({error})") from error
         return TextPreprocessor(Tokenizer.load(folder), max_length)
 
-    def labelled(self, labelled: Labelled) -> LabelledText:
-        """Labelled texts as a data set; rows longer than `max_length` tokens lose their end."""
-        return LabelledText(labelled, self.tokenizer, self.max_length)
+    def labelled(self, labelled: Labelled, **options: Any) -> LabelledDataset:
+        """Labelled texts as the task's data set, in rows of at most `max_length` tokens.
+
+        `options` are those of the data set itself.
+        """
+        dataset = DATASETS.get(labelled.task, LabelledText)
+        return dataset(labelled, self.tokenizer, self.max_length, **options)
 
     def raw(self) -> "TextPreprocessor":
         """Itself: single items are not normalised."""
@@ -329,7 +370,22 @@ def _check_item(item: Any, number: int, kind: type) -> None:
         raise DataError(f"item {number} is empty: it has no word")
 
 
-read_labels = read
+# Tasks whose files and rows are of another form than a text (or two) and a label.
+READERS: dict[str, Callable[..., Labelled]] = {
+    "span_qa": span_files.read,
+    "generation": labelled_pairs.read,
+}
+DATASETS: dict[str, Callable[..., LabelledDataset]] = {
+    "span_qa": LabelledSpans,
+    "generation": LabelledPairs,
+}
+
+
+def read_labels(path: str | Path, task: str, **columns: Any) -> Labelled:
+    """Reads one labelled file of a task: see `labelled_text.read` and the modules of `READERS`."""
+    return READERS.get(task, labelled_text.read)(path, task, **columns)
+
+
 load_preprocessor = TextPreprocessor.load
 
 

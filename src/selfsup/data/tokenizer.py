@@ -1,4 +1,4 @@
-"""Text to token ids and back: five kinds of tokenizer behind one class, kept as tokenizer.json.
+"""Text to token ids and back: six kinds of tokenizer behind one class, kept as tokenizer.json.
 
 Encoding runs in the Rust library `tokenizers`; this file fixes what the rest of selfsup may ask.
 The kinds and their training stand in `tokenizer_training.py`. Any text can be encoded: `bpe` and
@@ -8,8 +8,9 @@ The kinds and their training stand in `tokenizer_training.py`. Any text can be e
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -18,7 +19,7 @@ import tokenizers as library
 
 from selfsup import files
 from selfsup.batch import Vocabulary
-from selfsup.data.tokenizer_training import TokenizerConfig, trained_json
+from selfsup.data.tokenizer_training import SENTINEL, TokenizerConfig, trained_json
 from selfsup.errors import ConfigError, DataError, nearest
 
 FILE_NAME = "tokenizer.json"
@@ -30,11 +31,18 @@ USUAL_NAMES = {
     "sep": ("[SEP]", "</s>", "<|endoftext|>"),
     "mask": ("[MASK]", "<mask>"),
 }
+SENTENCE_ENDS = {mark.encode() for mark in ".?!。！？"}
 # Han, kana, and the full-width forms and punctuation written between them: no space belongs there.
 CJK = "\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 CJK_GAP = re.compile(f"(?<=[{CJK}]) (?=[{CJK}])")
 # BERT cuts "it's" and "3.5" into three words each.
 CUT_WORD = re.compile(r"(?<=\w) ?(['’]) (?=(?:s|t|re|ve|ll|d|m)\b)|(?<=\d)(\.) (?=\d)")
+# How byte-level BPE writes bytes: visible ones as Latin-1 does, the others from U+0100 on.
+SEEN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+UNSEEN = [byte for byte in range(256) if byte not in SEEN]
+SIGN_BYTES = {chr(byte): byte for byte in SEEN} | {
+    chr(256 + place): byte for place, byte in enumerate(UNSEEN)
+}
 
 
 @final
@@ -129,9 +137,33 @@ class Tokenizer:
         wrapped = self._wrapped if parse_special else self._plain
         encoded = wrapped.encode_batch_fast(texts, add_special_tokens=False)
         out = [np.fromiter(one.ids, np.int32, len(one)) for one in encoded]
-        if not parse_special and self._description["model"]["type"] == "Unigram":
-            for ids in out:  # special tokens are pieces like any other to a unigram model
-                ids[np.isin(ids, self._hidden)] = self.vocabulary.unk
+        return out if parse_special else [self._without_special(ids) for ids in out]
+
+    def _without_special(self, ids: np.ndarray) -> np.ndarray:
+        if self._description["model"]["type"] == "Unigram":
+            # special tokens are pieces like any other to a unigram model
+            ids[np.isin(ids, self._hidden)] = self.vocabulary.unk
+        return ids
+
+    def encode_with_offsets(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of each text, as without `parse_special`, and where its tokens stand in it.
+
+        A text that the tokenizer makes vanish is one unknown token (the end token where there is
+        none), so every text has a token.
+
+        Returns:
+            Per text (ids, offsets): (length,) and (length, 2) int32; the first and the end
+            (exclusive) character of each token, without white space around it. Tokens share a
+            character where they are bytes of it.
+        """
+        encoded = self._plain.encode_batch(texts, add_special_tokens=False)
+        stand_in = self.vocabulary.unk if self.vocabulary.unk >= 0 else self.vocabulary.sep
+        out = []
+        for text, one in zip(texts, encoded, strict=True):
+            ids, places = one.ids or [stand_in], one.offsets if one.ids else [(0, len(text))]
+            trimmed = [_trimmed(text, first, end) for first, end in places]
+            tokens = self._without_special(np.array(ids, dtype=np.int32))
+            out.append((tokens, np.array(trimmed, dtype=np.int32)))
         return out
 
     def encode_words(self, sentences: list[list[str]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -196,7 +228,7 @@ class Tokenizer:
         """Readable text; special tokens are left out, except the unknown one."""
         shown = [int(i) for i in ids if int(i) not in self._hidden]
         text = self._wrapped.decode(shown, skip_special_tokens=False)
-        if self._piece_start == "##":
+        if (self._description["decoder"] or {}).get("type") == "WordPiece":
             text = CUT_WORD.sub(lambda cut: cut[1] or cut[2], CJK_GAP.sub("", text))
         return text
 
@@ -248,11 +280,28 @@ class Tokenizer:
         }
         if special["pad"] < 0:
             special["pad"] = special["sep"]
+        size = max(known.values()) + 1  # given files may leave out numbers
+        sentinels = tuple(known[name] for name in _sentinel_names(known))
+        spellings = [b""] * size
+        for piece, number in known.items():
+            if number not in (*special.values(), *sentinels):
+                spellings[number] = self._spelled(piece)
         return Vocabulary(
-            size=max(known.values()) + 1,  # given files may leave out numbers
+            size=size,
             continues=self._continuing(set(special.values())),
+            spellings=tuple(spellings),
+            sentinels=sentinels,
+            sentence_ends=tuple(i for i, text in enumerate(spellings) if text in SENTENCE_ENDS),
             **special,
         )
+
+    def _spelled(self, piece: str) -> bytes:
+        """The text behind a piece, without the space before it or the mark that it goes on."""
+        start = self._piece_start
+        text = piece.removeprefix(start)
+        if start == "Ġ" and all(sign in SIGN_BYTES for sign in text):
+            return bytes(SIGN_BYTES[sign] for sign in text)
+        return text.encode()
 
     def _continuing(self, special: set[int]) -> tuple[int, ...]:
         start = self._piece_start
@@ -265,6 +314,11 @@ class Tokenizer:
         return tuple(sorted(i for i, piece in pieces if not piece.startswith(start)))
 
 
+def _sentinel_names(known: Container[str]) -> Iterator[str]:
+    """T5's names of sentinels, as many as there are."""
+    return takewhile(known.__contains__, map(SENTINEL.format, count()))
+
+
 def _truncated(
     a: np.ndarray, b: np.ndarray | None, room: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -273,3 +327,11 @@ def _truncated(
         return a[:room], None
     of_a = max(room - len(b), min(len(a), room - room // 2))  # an odd token goes to a
     return a[:of_a], b[: max(0, room - len(a[:of_a]))]
+
+
+def _trimmed(text: str, first: int, end: int) -> tuple[int, int]:
+    while first < end and text[first].isspace():
+        first += 1
+    while first < end and text[end - 1].isspace():
+        end -= 1
+    return first, end

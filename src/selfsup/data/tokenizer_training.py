@@ -1,8 +1,9 @@
-"""The five kinds of tokenizer: their pipelines, their special tokens, their training.
+"""The six kinds of tokenizer: their pipelines, their special tokens, their training.
 
 | kind      | pieces                                          | as published in               |
 |-----------|-------------------------------------------------|-------------------------------|
 | wordpiece | words, `##` goes on; one per Chinese character  | BERT, Devlin et al. 2018      |
+| word      | frequent words and marks, whole                 | -                             |
 | bpe       | merges of bytes, `Ġ` begins a word              | GPT-2, Radford et al. 2019    |
 | unigram   | likeliest pieces, `▁` begins a word             | SentencePiece, Kudo 2018      |
 | byte      | the 256 bytes                                   | ByT5, Xue et al. 2021         |
@@ -25,6 +26,7 @@ from selfsup.errors import ConfigError, DataError
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END = "<|endoftext|>"
+SENTINEL = "<extra_id_{}>"  # T5's name of a mark that stands for a hidden span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,25 +37,33 @@ class TokenizerConfig:
         kind: see the table at the top of this file.
         vocab_size: ids including special tokens; a corpus with little text gives fewer, one whose
             alphabet alone is larger gives more. `byte` ignores it.
-        lowercase: lower-cases the text first, in every kind; wordpiece then also strips accents.
+        lowercase: lower-cases the text first, in every kind; wordpiece and word then also strip
+            accents.
         style: special tokens and how rows are built: "bert" has [CLS], [SEP], [MASK], "gpt" one
             end-of-text token.
         file: a ready tokenizer.json, or a folder that holds one; the other keys are then ignored.
         train_chars: characters of the corpus that are read for training.
+        sentinels: special tokens that stand for hidden spans (T5: 100).
     """
 
-    kind: Literal["wordpiece", "bpe", "unigram", "byte", "character"] = "wordpiece"
+    kind: Literal["wordpiece", "word", "bpe", "unigram", "byte", "character"] = "wordpiece"
     vocab_size: int = 8000
     lowercase: bool = True
     style: Literal["bert", "gpt"] = "bert"
     file: str | None = None
     train_chars: int = 50_000_000
+    sentinels: int = 0
 
     def __post_init__(self) -> None:
         if self.vocab_size < 16:
             raise ConfigError(f"tokenizer.vocab_size must be at least 16, got {self.vocab_size}")
         if self.train_chars < 1:
             raise ConfigError(f"tokenizer.train_chars must be positive, got {self.train_chars}")
+        if not 0 <= self.sentinels <= self.vocab_size // 2:
+            raise ConfigError(
+                f"tokenizer.sentinels must lie between 0 and half of vocab_size, got "
+                f"{self.sentinels}"
+            )
 
 
 def trained_json(config: TokenizerConfig, texts: Iterable[str]) -> str:
@@ -86,9 +96,10 @@ def _beginning(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def _special_tokens(config: TokenizerConfig) -> list[str]:
     """The special tokens in the order of their ids."""
+    sentinels = [SENTINEL.format(number) for number in range(config.sentinels)]
     if config.style == "bert":
-        return list(BERT_SPECIALS)
-    return [END] if config.kind in ("bpe", "byte") else [END, "<unk>"]
+        return [*BERT_SPECIALS, *sentinels]
+    return [END, *sentinels] if config.kind in ("bpe", "byte") else [END, "<unk>", *sentinels]
 
 
 def _pipeline(config: TokenizerConfig, sample: list[str]) -> tuple[library.Tokenizer, Any]:
@@ -113,6 +124,12 @@ def _pipeline(config: TokenizerConfig, sample: list[str]) -> tuple[library.Token
         return wrapped, trainers.WordPieceTrainer(
             initial_alphabet=letters, limit_alphabet=len(letters), **common
         )
+    if config.kind == "word":
+        wrapped = library.Tokenizer(models.WordLevel(unk_token=unknown))
+        wrapped.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+        wrapped.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        wrapped.decoder = decoders.WordPiece()
+        return wrapped, trainers.WordLevelTrainer(**common)
     if config.kind == "unigram":
         wrapped = library.Tokenizer(models.Unigram())
         wrapped.normalizer = normalizers.Sequence([normalizers.NFKC(), *lower])

@@ -9,29 +9,36 @@ import torch
 from selfsup import console, registry
 from selfsup.data.dataset import LabelledDataset, Preprocessor
 from selfsup.data.labels import Labelled
+from selfsup.errors import ConfigError
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import build_objective
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Task
+from selfsup.randomness import Order
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast, pick_dtype, to_device
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 
 PASSES = 5  # over the labels, once there are many
+MAX_WRITING_STEPS = 10_000
 
 
-def default_training(num_labels: int, dim: int) -> TrainingConfig:
+def default_training(num_labels: int, dim: int, task: str = "") -> TrainingConfig:
     """A fine-tuning schedule by number of labelled examples and width of the encoder.
 
     At least 200 steps of 16 examples, or five passes over the labels; the learning rate falls with
-    the width, 1e-3 at 128 (small encoders) to 5e-5 at 768 and above (BERT, section A.3).
+    the width, 1e-3 at 128 (small encoders) to 5e-5 at 768 and above (BERT, section A.3). Writing
+    takes batches of 32 and is given at most 10,000 steps.
     """
-    steps = max(200, -(-PASSES * num_labels // 16))
+    size = 32 if task == "generation" else 16
+    steps = max(200, -(-PASSES * num_labels // size))
+    if task == "generation":
+        steps = min(steps, MAX_WRITING_STEPS)
     lr = 1e-3 if dim <= 256 else 2e-4 if dim < 768 else 5e-5
     return TrainingConfig(
         steps=steps,
-        batch_size=16,
+        batch_size=size,
         lr=lr,
         warmup=0.1,
         evaluations=0,
@@ -57,8 +64,18 @@ def new_task(
     task = build_objective("tasks", name, config, copy.deepcopy(encoder), train_data.names, seed)
     if name == "regression":
         task.fit_labels(train_data.labels)
+    if name == "generation" and tuning in ("probe", "layer_mix"):
+        raise ConfigError(
+            f"generation has no head beside the encoder, and tuning {tuning!r} freezes that: use "
+            "full"
+        )
     registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
     return task
+
+
+def rows_of(task: Task, preprocessor: Preprocessor, labelled: Labelled) -> LabelledDataset:
+    """Labelled examples as the data set that a task reads."""
+    return preprocessor.labelled(labelled, **task.row_options)  # type: ignore[call-arg]
 
 
 def fit(
@@ -82,43 +99,39 @@ def fit(
         folder: where the run is kept.
         title: what the progress line says.
     """
-    data = preprocessor.labelled(train_data)
+    data = rows_of(task, preprocessor, train_data)
     if data.truncated:
         share = f"{data.truncated:,} of {len(data):,} training examples"
         console.say(f"{share} are too long and were cut")
-    held_out = preprocessor.labelled(valid) if valid else None
-    watch = (lambda: {"score": score(task, held_out)}) if held_out else None
+    held_out = watched = rows_of(task, preprocessor, valid) if valid else None
+    if valid and task.max_watched is not None and len(valid) > task.max_watched:
+        chosen = Order(len(valid), training.seed)[0 : task.max_watched]
+        watched = rows_of(task, preprocessor, valid.take(sorted(chosen.tolist())))
+    watch = (lambda: {"score": score(task, watched)}) if watched else None
     return train(task, data, held_out, training, folder, title, watch)
 
 
 @torch.inference_mode()
-def answers(
-    task: Task, data: LabelledDataset, batch_size: int = 64
-) -> tuple[list[float], list[float]]:
-    """Truth and prediction of every example; for tagging of every word, -1 where it was cut off."""
+def answers(task: Task, data: LabelledDataset, batch_size: int = 64) -> tuple[list[Any], list[Any]]:
+    """Truth and guess as the task's metric reads them: the data set's `collect` of all rows."""
     device = next(task.parameters()).device
     dtype = pick_dtype("auto", device)
     lengths = np.zeros(len(data)) if data.lengths is None else data.lengths
     order = np.argsort(lengths, kind="stable")
-    truth: list[np.ndarray] = [np.empty(0)] * len(data)
-    guess: list[np.ndarray] = [np.empty(0)] * len(data)
+    values: list[np.ndarray] = [np.empty(0)] * len(data)
+    scores: list[np.ndarray] = [np.empty(0)] * len(data)
     was_training = task.training
     task.eval()
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         batch = to_device(data.batch(numbers), device)
         with autocast(device, dtype):
-            values = task.predict(batch).values.float().cpu().numpy()
+            predicted = task.predict(batch)
+        of_batch = [rows.float().cpu().numpy() for rows in predicted]
         for row, number in enumerate(numbers):
-            if data.task != "tagging":
-                truth[number], guess[number] = data.labels[number, None], values[row, None]
-                continue
-            truth[number] = data.word_labels[number]
-            guess[number] = np.full(len(truth[number]), -1.0)
-            seen = values[row][: len(truth[number])]
-            guess[number][: len(seen)] = seen
+            values[number], scores[number] = (rows[row] for rows in of_batch)
     task.train(was_training)
-    return np.concatenate(truth).tolist(), np.concatenate(guess).tolist()
+    return data.collect(values, scores)
 
 
 def score(task: Task, data: LabelledDataset, metric: str | None = None) -> float:

@@ -5,6 +5,8 @@
 | classification | TF-IDF of words (1-2) or of characters (2-5), logistic regression               |
 | regression     | the same features, ridge regression                                             |
 | tagging        | each word's most frequent tag, or logistic regression over hashed word features |
+| span_qa        | the span nearest to the question's words: span_baseline.py                      |
+| generation     | a translation memory, the source or its first words: text_baseline.py           |
 | not of text    | raw input or its principal components, logistic or ridge regression             |
 
 For pairs of texts the features are both TF-IDF vectors, their absolute difference, their product
@@ -32,6 +34,7 @@ from threadpoolctl import threadpool_limits
 from selfsup.batch import Vocabulary
 from selfsup.data.dataset import Preprocessor
 from selfsup.data.labels import Labelled
+from selfsup.evaluation import span_baseline, text_baseline
 from selfsup.evaluation.frozen import extract, raw_features
 from selfsup.evaluation.metrics import METRICS
 
@@ -49,6 +52,10 @@ MAX_FEATURES = 100_000
 MAX_WEIGHTS = 50_000_000  # features * classes
 TAG_FEATURES = 2**17
 
+# Tasks with baselines of their own: names and predictors, fitted on the training examples.
+CANDIDATES = {"span_qa": span_baseline.candidates, "generation": text_baseline.candidates}
+SCORED_BY = {"regression": "spearman", "span_qa": "answer_f1", "generation": "bleu"}
+
 Predict = Callable[[list[Any]], list[Any]]
 Featuriser = Callable[[list[Any]], sparse.csr_matrix | np.ndarray]
 
@@ -59,7 +66,7 @@ class Baseline:
 
     Attributes:
         name: what was chosen, for people.
-        score: its metric on the validation data: accuracy, for regression Spearman correlation.
+        score: its metric on the validation data: accuracy, or that of `SCORED_BY`.
         predict: items to labels, both in the form of `Labelled`.
 
     >>> films = ["good fun", "bad", "so good", "so bad", "good", "bad end"]
@@ -83,7 +90,13 @@ def fit_baseline(
         valid: other examples of the same task.
         preprocessor: reads the items; None: they are text.
     """
-    metric = METRICS["spearman" if train.task == "regression" else "accuracy"]
+    metric = METRICS[SCORED_BY.get(train.task, "accuracy")]
+    if train.task in CANDIDATES:
+        fitted = [
+            Baseline(name, metric(valid.labels, predict(valid.items)), predict)
+            for name, predict in CANDIDATES[train.task](train)
+        ]
+        return max(fitted, key=lambda one: one.score)
     name, predict = _simplest(train)
     best = Baseline(name, metric(valid.labels, predict(valid.items)), predict)
     known_labels, valid_labels = _flat_labels(train), _flat_labels(valid)

@@ -235,7 +235,7 @@ class _Trainer:
             metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
             test = metric(self.labels.test.labels, guess)
             return Result(cell, fitted.score, test, name=fitted.name)
-        training = default_training(cell.labels, self.model.encoder.dim)
+        training = default_training(cell.labels, self.model.encoder.dim, settings.task)
         training = replace(
             training,
             seed=cell.seed,

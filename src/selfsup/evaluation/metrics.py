@@ -1,8 +1,9 @@
 """What a prediction is worth: metrics as the benchmarks define them, over scikit-learn and SciPy.
 
 `METRICS` holds those that compare truth and prediction and are 1 where all is right. Labels are in
-their own form: class names, floats, or for tagging one list of tag names per sentence. All give
-plain floats, and raise ValueError where truth and prediction do not pair up.
+their own form: class names, floats, for tagging one list of tag names per sentence, for questions
+one list of right answers each. All give plain floats, and raise ValueError where truth and
+prediction do not pair up.
 """
 
 import itertools
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+
+from selfsup.evaluation.span_metrics import answer_f1, exact_match
+from selfsup.evaluation.text_metrics import bleu, chrf, rouge_1, rouge_2, rouge_l
 
 # How other tagging schemes write inside, end and single; conlleval knows B I E S O.
 SCHEMES = {"M": "I", "L": "E", "U": "S"}
@@ -242,7 +246,7 @@ def perplexity(log_probabilities: Sequence[float]) -> float:
 
 
 # What chooses a setting takes the greatest value; so neither errors nor metrics of scores are here.
-METRICS: dict[str, Callable[[Labels, Labels], float]] = {
+METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
     "macro_f1": macro_f1,
     "f1": f1_binary,
@@ -250,4 +254,11 @@ METRICS: dict[str, Callable[[Labels, Labels], float]] = {
     "pearson": pearson,
     "spearman": spearman,
     "span_f1": span_f1,
+    "bleu": bleu,
+    "chrf": chrf,
+    "rouge_1": rouge_1,
+    "rouge_2": rouge_2,
+    "rouge_l": rouge_l,
+    "exact_match": exact_match,
+    "answer_f1": answer_f1,
 }

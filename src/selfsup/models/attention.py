@@ -1,11 +1,14 @@
-"""Self-attention, who may see whom, and the cache of what was read.
+"""Self- and cross-attention, who may see whom, and the cache of what was read.
 
 Scaled dot-product attention of several heads (Vaswani et al., 2017, arXiv 1706.03762, section 3.2).
+Relative positions enter as a learned number for each head and distance (T5, Raffel et al., 2019,
+arXiv 1910.10683, section 2.1).
 
-Axes: batch; time: tokens of a row; read: those and the ones before them in a cache; heads;
-head_dim = dim / heads; half = head_dim / 2.
+Axes: batch; time: tokens of a row; read: those and the ones before them in a cache; source: tokens
+that a decoder's encoder has read; heads; head_dim; half = head_dim / 2.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,16 +20,20 @@ from selfsup.models.embeddings import rotate
 
 
 class Cache:
-    """Keys and values of what a causal encoder has read, so that it can go on from there.
+    """Keys and values of what a causal stack has read, so that it can go on from there.
 
     Make an empty one and give it to every call, with only the new tokens in the batch. Prompts of
-    unequal length may be padded on either side. `mask` is True where a cached token is real.
+    unequal length may be padded on either side. `mask` is True where a cached token is real. Not
+    for training: new entries are written into the buffers of the old ones.
     """
 
     mask: Bool[Tensor, "batch read"] | None = None
 
     def __init__(self):
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # with room for more than was read
+        self.length: dict[int, int] = {}  # what was read, by layer
+        self.source: dict[int, tuple[Tensor, Tensor]] = {}  # of cross-attention
+        self.memory: Memory | None = None
 
     def extend(self, mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch read"]:
         """Adds the mask of new tokens and returns the mask of all."""
@@ -35,30 +42,65 @@ class Cache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds one layer's (batch, heads, time, head_dim) and returns (batch, heads, read, ...)."""
-        if layer in self.layers:
-            old_keys, old_values = self.layers[layer]
-            keys, values = torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
-        self.layers[layer] = keys, values
-        return keys, values
+        start = self.length.get(layer, 0)
+        end = start + keys.shape[2]
+        if layer not in self.layers or self.layers[layer][0].shape[2] < end:
+            self.layers[layer] = tuple(  # type: ignore[assignment]
+                self._grown(layer, part, new) for part, new in enumerate((keys, values))
+            )
+        self.length[layer] = end
+        for buffer, new in zip(self.layers[layer], (keys, values), strict=True):
+            buffer[:, :, start:end] = new
+        old_keys, old_values = self.layers[layer]
+        return old_keys[:, :, :end], old_values[:, :, :end]
+
+    def _grown(self, layer: int, part: int, new: Tensor) -> Tensor:
+        """A buffer of twice the length that is needed, so that copying stays rare."""
+        read = self.length.get(layer, 0)
+        shape = (*new.shape[:2], max(16, 2 * (read + new.shape[2])), new.shape[3])
+        buffer = new.new_empty(shape)
+        if read:
+            buffer[:, :, :read] = self.layers[layer][part][:, :, :read]
+        return buffer
+
+    def select(self, rows: Int[Tensor, " chosen"]) -> None:
+        """Keeps these rows in this order; a row may be taken several times (beam search)."""
+        for table in (self.layers, self.source):
+            for layer, (keys, values) in table.items():
+                table[layer] = keys[rows], values[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        if self.memory is not None:
+            hidden, allowed = self.memory
+            self.memory = Memory(hidden[rows], None if allowed is None else allowed[rows])
+
+
+class Memory(NamedTuple):
+    """What an encoder has read, for a decoder to look at."""
+
+    hidden: Float[Tensor, "batch source dim"]
+    allowed: Bool[Tensor, "batch 1 1 source"] | None  # None: all of it is real
 
 
 class View(NamedTuple):
-    """What every layer's attention shares: rotary angles, who sees whom, and the cache."""
+    """What all layers share: rotary angles, who sees whom, the cache, an encoder's output."""
 
     rotation: tuple[Tensor, Tensor] | None  # cosine, sine: (1 or batch, 1, time, half)
-    allowed: Bool[Tensor, "batch 1 time read"] | None
+    # True where seen, (batch, 1, time, read); or float, added to the scores, (..., heads, ...)
+    allowed: Tensor | None
     causal: bool  # the kernel hides the future itself
     cache: Cache | None
+    real: Bool[Tensor, "batch time"] | None = None  # None: nothing is padded
+    memory: Memory | None = None
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, bias: bool):
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, bias: bool):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
@@ -80,6 +122,79 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a decoder's positions to what the encoder has read."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, bias: bool):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(dim, heads * head_dim, bias=bias)
+        self.kv = nn.Linear(dim, 2 * heads * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "batch time dim"], view: View, layer: int
+    ) -> Float[Tensor, "batch time dim"]:
+        """Mixes the source positions; their keys and values are computed once for a cache."""
+        assert view.memory is not None
+        kept = None if view.cache is None else view.cache.source.get(layer)
+        if kept is None:
+            kv = self.kv(view.memory.hidden).unflatten(-1, (2, self.heads, -1))
+            keys, values = kv.permute(2, 0, 3, 1, 4)  # (batch, heads, source, head_dim)
+            if view.cache is not None:
+                view.cache.source[layer] = keys, values
+        else:
+            keys, values = kept
+        queries = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=view.memory.allowed,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and bucket of distances, added to the attention scores.
+
+    Half of the buckets are single distances, the others grow logarithmically up to `reach`; all
+    that lies beyond shares the last one. From both sides, each side has half of the buckets.
+    """
+
+    def __init__(self, heads: int, buckets: int, reach: int, causal: bool):
+        super().__init__()
+        self.reach, self.causal = reach, causal
+        self.table = nn.Embedding(buckets, heads)
+
+    def forward(self, num_queries: int, num_read: int) -> Float[Tensor, "1 heads query read"]:
+        """The numbers for the last `num_queries` of `num_read` slots."""
+        slot = torch.arange(num_read, device=self.table.weight.device)
+        distance = slot - slot[num_read - num_queries :].unsqueeze(1)  # (query, read)
+        bucket = distance_bucket(distance, self.table.num_embeddings, self.reach, self.causal)
+        return self.table(bucket).permute(2, 0, 1).unsqueeze(0)
+
+
+def distance_bucket(
+    distance: Int[Tensor, "query read"], buckets: int, reach: int, causal: bool
+) -> Int[Tensor, "query read"]:
+    """The bucket of each distance (read slot minus query slot), from 0 to `buckets` - 1.
+
+    >>> distance_bucket(torch.tensor([[-200, -9, -1, 0, 1]]), 32, 128, causal=False).tolist()
+    [[15, 8, 1, 0, 17]]
+    """
+    if causal:
+        side, distance = torch.zeros_like(distance), (-distance).clamp(min=0)
+    else:
+        buckets //= 2
+        side, distance = (distance > 0).long() * buckets, distance.abs()
+    exact = buckets // 2
+    growth = (distance.float() / exact).clamp(min=1).log() / math.log(reach / exact)
+    far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return side + torch.where(distance < exact, distance, far)
 
 
 def attention_mask(

@@ -1,5 +1,7 @@
 """The `Encoder` contract: a batch goes in, `Features` of every layer come out."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
@@ -16,11 +18,15 @@ class Features(NamedTuple):
             The last one is what heads read.
         mask: (batch, time), True where real.
         pooled: (batch, dim), one vector for the whole example.
+        penalty: a loss of the encoder's own, which a method adds to its own; None: there is none.
+        metrics: scalars of the encoder worth plotting.
     """
 
     hidden: tuple[Float[Tensor, "batch time dim"], ...]
     mask: Bool[Tensor, "batch time"]
     pooled: Float[Tensor, "batch dim"]
+    penalty: Float[Tensor, ""] | None = None
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
 
     @property
     def last(self) -> Float[Tensor, "batch time dim"]:
@@ -37,6 +43,7 @@ class Encoder(nn.Module):
         dim: width of every hidden state and of `pooled`.
         num_layers: number of layers; `Features.hidden` holds one more (the embedding).
         causal: whether a position knows nothing of those behind it, so that they can be predicted.
+        has_penalty: whether `Features.penalty` is a loss that training needs.
     """
 
     reads: tuple[str, ...] = ()
@@ -44,6 +51,7 @@ class Encoder(nn.Module):
     dim: int
     num_layers: int
     causal: bool = False
+    has_penalty: bool = False
 
     def forward(self, batch: Batch) -> Features:
         """Encodes one batch."""

@@ -3,10 +3,12 @@
 A stack of blocks (Vaswani et al., 2017, arXiv 1706.03762) over a `TokenEmbedding`, bidirectional or
 causal. Post-norm with learned positions is BERT (Devlin et al., 2019, arXiv 1810.04805), pre-norm
 with learned positions is GPT-2 (Radford et al., 2019), shared layers with a narrow table are ALBERT
-(Lan et al., 2020, arXiv 1909.11942). `embeddings.py` has the positions, `presets.toml` the sizes.
+(Lan et al., 2020, arXiv 1909.11942), experts in every second block are Switch (Fedus et al., 2021,
+arXiv 2101.03961). `embeddings.py` has the positions, `presets.toml` the sizes, `attention.py` the
+attention, `experts.py` the experts, and `encoder_decoder.py` makes two such stacks into one model.
 
 Axes: batch, time, dim. Padding may stand on either side of a row. The last entry of
-`Features.hidden` is after `final_norm`. `attention.py` has the attention.
+`Features.hidden` is after `final_norm`.
 """
 
 import math
@@ -22,7 +24,15 @@ from torch import Tensor, nn
 
 from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec, Spec, Vocabulary
 from selfsup.errors import ConfigError, DataError
-from selfsup.models.attention import Attention, Cache, View, attention_mask
+from selfsup.models.attention import (
+    Attention,
+    Cache,
+    CrossAttention,
+    Memory,
+    RelativeBias,
+    View,
+    attention_mask,
+)
 from selfsup.models.embeddings import (
     FrameEmbedding,
     InputEmbedding,
@@ -33,6 +43,7 @@ from selfsup.models.embeddings import (
     rotary_angles,
 )
 from selfsup.models.encoder import Encoder, Features, masked_mean
+from selfsup.models.experts import Experts, Routing, summed
 from selfsup.models.waveform import WaveformEmbedding
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,7 +51,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "swiglu": F.silu,  # of the gate
+    "geglu": partial(F.gelu, approximate="tanh"),  # of the gate (T5 1.1)
 }
+GATED = ("swiglu", "geglu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +63,27 @@ class Config:
     dim: int = 256  # width of the hidden states
     layers: int = 4
     heads: int = 4
-    # inner width of the feed-forward layer; 0: 4 * dim, but for swiglu, which has three matrices,
-    # 8/3 * dim rounded up to a multiple of 64
+    head_width: int = 0  # width of one attention head; 0: dim / heads
+    # inner width of the feed-forward layer; 0: 4 * dim, but for swiglu and geglu, which have three
+    # matrices, 8/3 * dim rounded up to a multiple of 64
     feedforward_dim: int = 0
     norm: Literal["pre", "post"] = "pre"  # before each half of a block, or after its residual sum
     norm_kind: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5  # added to the variance
-    positions: Literal["learned", "sinusoidal", "rotary", "none"] = "rotary"
+    positions: Literal["learned", "sinusoidal", "rotary", "relative", "none"] = "rotary"
     rotary_base: float = (
         10000.0  # the slowest pair turns in 2 pi * base tokens; 100 suits rows of 64
     )
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu"] = "gelu"
+    relative_buckets: int = 32  # of distances, for relative positions
+    relative_reach: int = 128  # tokens; all that is farther away shares a bucket
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "gelu"
     causal: bool = False  # a token sees only itself and those before it
     share_layers: bool = False  # one set of weights, used `layers` times (ALBERT)
+    experts: int = 0  # feed-forward layers to choose from in every `expert_every`-th block; 0: none
+    expert_every: int = 2  # the blocks of numbers expert_every - 1, 2 * expert_every - 1, ...
+    # in training an expert takes at most capacity * tokens / experts; the others pass it by
+    expert_capacity: float = 1.25
+    balance_weight: float = 0.01  # of the loss that spreads tokens over experts
     embedding_dim: int = 0  # width of the token table; 0: dim
     segment_types: int = 0  # 0: the batch's segments are ignored
     # pixels of a patch's side, frames or time steps per position; not for tokens and waveforms
@@ -91,11 +112,12 @@ class Config:
 
     def __post_init__(self):
         above_zero = ("dim", "layers", "heads", "patch", "max_length", "norm_eps", "init_std")
-        for name in (*above_zero, "conv_channels"):
+        of_experts = ("expert_every", "expert_capacity")
+        for name in (*above_zero, "conv_channels", "relative_reach", *of_experts):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         not_negative = ("feedforward_dim", "embedding_dim", "segment_types", "embedding_std")
-        for name in (*not_negative, "conv_positions"):
+        for name in (*not_negative, "conv_positions", "head_width", "experts", "balance_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout"):
@@ -107,8 +129,19 @@ class Config:
             f"{strides}": (
                 len(kernels) != len(strides) or not kernels or min(*kernels, *strides) < 1
             ),
-            f"dim = {self.dim} is not a multiple of heads = {self.heads}": self.dim % self.heads,
-            f"rotary positions turn pairs: dim / heads must be even, got {self.head_dim}": (
+            f"dim = {self.dim} is not a multiple of heads = {self.heads}; give head_width": (
+                not self.head_width and self.dim % self.heads
+            ),
+            f"relative_buckets must be at least 4 and below relative_reach, got "
+            f"{self.relative_buckets} and {self.relative_reach}": (
+                not 4 <= self.relative_buckets < self.relative_reach
+            ),
+            "experts must be at least 2, or 0 for none, got 1": self.experts == 1,
+            "experts are plain feed-forward layers, and layers with experts cannot be shared: use "
+            "activation = 'relu' or 'gelu' and share_layers = false": (
+                self.experts > 0 and (self.activation in GATED or self.share_layers)
+            ),
+            f"rotary positions turn pairs: a head's width must be even, got {self.head_dim}": (
                 self.positions == "rotary" and self.head_dim % 2
             ),
             f"rotary_base must be above 1, got {self.rotary_base}": self.rotary_base <= 1,
@@ -127,7 +160,7 @@ class Config:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.dim // self.heads
+        return self.head_width or self.dim // self.heads
 
     @property
     def embedding_width(self) -> int:
@@ -137,7 +170,7 @@ class Config:
     @property
     def feedforward_width(self) -> int:
         """Inner width of the feed-forward layer."""
-        if self.activation == "swiglu":
+        if self.activation in GATED:
             return self.feedforward_dim or 64 * math.ceil(8 * self.dim / 3 / 64)
         return self.feedforward_dim or 4 * self.dim
 
@@ -149,12 +182,12 @@ class Config:
 
 
 class Feedforward(nn.Module):
-    """Two linear layers around an activation; swiglu gates the inner one (arXiv 2002.05202)."""
+    """Two linear layers around an activation, which may gate the inner one (arXiv 2002.05202)."""
 
     def __init__(self, config: Config):
         super().__init__()
         inner = config.feedforward_width
-        self.gated = config.activation == "swiglu"
+        self.gated = config.activation in GATED
         self.activation = ACTIVATIONS[config.activation]
         self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1), bias=config.bias)
         self.down = nn.Linear(inner, config.dim, bias=config.bias)
@@ -169,28 +202,73 @@ class Feedforward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each with its residual sum and normalisation."""
+    """Attention, then feed-forward or experts, each with its residual sum and normalisation.
 
-    def __init__(self, config: Config):
+    Args:
+        config: the shape.
+        layer: number of the block, from 0.
+    """
+
+    def __init__(self, config: Config, layer: int):
         super().__init__()
         self.pre = config.norm == "pre"
         rate = config.attention_dropout
-        self.attention = Attention(
-            config.dim, config.heads, config.dropout if rate is None else rate, config.bias
+        self.shape = (
+            config.dim,
+            config.heads,
+            config.head_dim,
+            config.dropout if rate is None else rate,
+            config.bias,
         )
+        self.attention = Attention(*self.shape)
         self.attention_norm = config.build_norm(config.dim)
-        self.feedforward, self.feedforward_norm = Feedforward(config), config.build_norm(config.dim)
+        self.routed = config.experts > 0 and (layer + 1) % config.expert_every == 0
+        self.feedforward: Feedforward | Experts = (
+            Experts(
+                config.dim,
+                config.feedforward_width,
+                config.experts,
+                ACTIVATIONS[config.activation],
+                config.expert_capacity,
+            )
+            if self.routed
+            else Feedforward(config)
+        )
+        self.feedforward_norm = config.build_norm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> Float[Tensor, "batch time dim"]:
-        """One layer."""
+    ) -> tuple[Float[Tensor, "batch time dim"], Routing | None]:
+        """One layer, and where its experts' tokens went."""
+        x = self.attend(x, view, layer)
+        y = self.feedforward_norm(x) if self.pre else x
+        y, routing = self.feedforward(y, view.real) if self.routed else (self.feedforward(y), None)
+        x = x + self.dropout(y)
+        return x if self.pre else self.feedforward_norm(x), routing
+
+    def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """The first half."""
+        return self._residual(x, self.attention_norm, lambda y: self.attention(y, view, layer))
+
+    def _residual(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre:
-            x = x + self.dropout(self.attention(self.attention_norm(x), view, layer))
-            return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, view, layer)))
-        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+            return x + self.dropout(part(norm(x)))
+        return norm(x + self.dropout(part(x)))
+
+
+class DecoderBlock(Block):
+    """A block that also attends to what an encoder has read, between its two halves."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__(config, layer)
+        self.cross = CrossAttention(*self.shape)
+        self.cross_norm = config.build_norm(config.dim)
+
+    def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """Self-attention, then attention to the source."""
+        x = super().attend(x, view, layer)
+        return self._residual(x, self.cross_norm, lambda y: self.cross(y, view, layer))
 
 
 class TransformerEncoder(Encoder):
@@ -212,13 +290,18 @@ class TransformerEncoder(Encoder):
 
     reads = ("text", "image", "audio", "series")
 
+    block: type[Block] = Block
+
     def __init__(self, config: Config, spec: Spec):
         super().__init__()
         self.config, self.spec = config, spec
         self.dim, self.num_layers, self.causal = config.dim, config.layers, config.causal
-        self.embedding: Any = build_embedding(config, spec)
-        blocks = [Block(config) for _ in range(1 if config.share_layers else config.layers)]
+        self.has_penalty = config.experts > 0
+        self.embedding: Any = self.build_embedding()
+        blocks = [self.block(config, i) for i in range(1 if config.share_layers else config.layers)]
         self.layers = nn.ModuleList(blocks)
+        relative = config.heads, config.relative_buckets, config.relative_reach, config.causal
+        self.relative = RelativeBias(*relative) if config.positions == "relative" else None
         ends_in_norm = config.norm == "pre" if config.final_norm is None else config.final_norm
         self.final_norm = config.build_norm(config.dim) if ends_in_norm else None
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooling == "bert" else None
@@ -226,11 +309,23 @@ class TransformerEncoder(Encoder):
         if config.norm == "pre":  # GPT-2: the residual sum of 2 * layers terms keeps its variance
             std = config.init_std / (2 * config.layers) ** 0.5
             for block in blocks:
-                nn.init.normal_(block.attention.out.weight, std=std)
-                nn.init.normal_(block.feedforward.down.weight, std=std)
+                ends = [block.attention.out.weight, block.feedforward.down.weight]
+                if isinstance(block, DecoderBlock):
+                    ends.append(block.cross.out.weight)
+                for weight in ends:
+                    nn.init.normal_(weight, std=std)
+
+    def build_embedding(self) -> InputEmbedding:
+        """The embedding of the kind that the spec asks for."""
+        return build_embedding(self.config, self.spec)
 
     def forward(
-        self, batch: Batch, cache: Cache | None = None, vectors: Tensor | None = None
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        vectors: Tensor | None = None,
+        memory: Memory | None = None,
+        causal: bool | None = None,
     ) -> Features:
         """Encodes one batch.
 
@@ -239,35 +334,51 @@ class TransformerEncoder(Encoder):
             cache: what was read before; the new tokens go on from there and are added to it.
             vectors: (batch, time, width), taken instead of `embedding.vectors(batch)`: a method
                 that hides positions puts its mask vector there.
+            memory: for a decoder: what its encoder has read.
+            causal: whether to hide the future in this call; None: as configured.
 
         Raises:
             DataError: rows longer than the learned positions, or a cache with packed rows.
             ConfigError: a cache for a bidirectional model.
         """
+        causal = self.config.causal if causal is None else causal
         vectors = self.embedding.vectors(batch) if vectors is None else vectors
         documents, real = batch.get("documents"), self.embedding.real(batch)
         mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
-        read = mask if cache is None else self._extend(cache, mask, documents)
+        read = mask if cache is None else self._extend(cache, mask, documents, causal)
         self.embedding.check_length(read.shape[1])
         time = vectors.shape[1]
         if real is None and documents is None and cache is None:  # no mask: the fastest kernels
             positions, allowed = torch.arange(time, device=vectors.device), None
         else:
             positions = document_positions(read, documents)[:, -time:]
-            allowed = attention_mask(read, documents, time, self.config.causal)
+            allowed = attention_mask(read, documents, time, causal)
         x = self.embedding.place(vectors, positions, real)
-        in_kernel = self.config.causal and allowed is None
-        view = View(self._rotation(positions), allowed, in_kernel, cache)
-        hidden = [x]
+        if self.relative is not None:
+            allowed = self._with_distances(allowed, time, read.shape[1], causal)
+        in_kernel = causal and allowed is None
+        view = View(self._rotation(positions), allowed, in_kernel, cache, real, memory)
+        hidden, routings = [x], []
         for layer in range(self.num_layers):
-            x = self.layers[layer % len(self.layers)](x, view, layer)
+            x, routing = self.layers[layer % len(self.layers)](x, view, layer)
             hidden.append(x)
+            if routing is not None:
+                routings.append(routing)
         if self.final_norm is not None:
             hidden[-1] = self.final_norm(x)
-        return Features(tuple(hidden), mask, self._pool(hidden[-1], mask))
+        penalty, metrics = summed(routings, self.config.balance_weight)
+        return Features(tuple(hidden), mask, self._pool(hidden[-1], mask), penalty, metrics)
 
-    def _extend(self, cache: Cache, mask: Tensor, documents: Tensor | None) -> Tensor:
-        if not self.config.causal:
+    def _with_distances(self, allowed: Tensor | None, time: int, read: int, causal: bool) -> Tensor:
+        """What is added to the attention scores: numbers by distance, -inf where unseen."""
+        assert self.relative is not None
+        bias = self.relative(time, read)
+        if allowed is None and causal:
+            allowed = torch.ones(time, read, dtype=torch.bool, device=bias.device).tril(read - time)
+        return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+
+    def _extend(self, cache: Cache, mask: Tensor, documents: Tensor | None, causal: bool) -> Tensor:
+        if not causal:
             raise ConfigError("a cache needs a causal model (model.causal = true)")
         if documents is not None:
             raise DataError("a cache takes one document per row; leave `documents` out")

@@ -260,6 +260,50 @@ def embedding_map(
     return plot.render()
 
 
+def alignment_by_layer(scores: dict[str, list[Row]], width: int, height: int) -> str:
+    """Mean reciprocal rank of translations, both ways together, against the layer.
+
+    Bold lines are of vectors without the mean of their language, thin ones as they are. What has a
+    single layer is a level.
+    """
+    lines = {
+        (name, prefix): [(s[f"{prefix}mrr"] + s[f"{prefix}mrr_back"]) / 2 for s in layers]
+        for name, layers in scores.items()
+        for prefix in ("centred_", "")
+    }
+    top = max(1, *(len(values) - 1 for values in lines.values()))
+    names = {
+        (name, prefix): arm_name(name) + (", centred" if prefix and len(values) > 1 else "")
+        for (name, prefix), values in lines.items()
+    }
+    plot = Plot(
+        "Mean reciprocal rank of translations against layer",
+        (0, top),
+        padded([0.0, *(value for values in lines.values() for value in values)]),
+        width=width,
+        height=height,
+        x_ticks=range(top + 1),
+        x_title="layer (0: the embedding)",
+        y_title="mean reciprocal rank of the translation",
+        right=18 + CHARACTER * max(map(len, names.values())),
+    )
+    ends = []
+    for (name, prefix), values in lines.items():
+        color = label_color(list(scores).index(name))
+        if len(values) == 1:
+            if prefix:
+                continue
+            values = values * (top + 1)
+        weight = "bold" if prefix else "normal"
+        plot.line(range(len(values)), values, f"{weight} {color}")
+        for layer, value in enumerate(values):
+            tip = f"{names[name, prefix]}, layer {layer}: {value:.3f}"
+            plot.dot(layer, value, f"mean {color}", tip, radius=3.4)
+        ends.append((names[name, prefix], values[-1], color))
+    plot.end_labels(ends)
+    return plot.render()
+
+
 def score_histogram(name: str, found: Row, width: int, height: int) -> str:
     """Shares of normal items and of anomalies by score, and the threshold as a line."""
     edges, threshold, log = found["edges"], found["threshold"], bool(found.get("log"))

@@ -39,15 +39,20 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def page(runs: Sequence[Run]) -> str:
     """The whole page as HTML text."""
-    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     title = f"{runs[0].name} · selfsup" if len(runs) == 1 else f"{len(runs)} runs · selfsup"
     body = _one(runs[0]) if len(runs) == 1 else _several(runs)
+    return html(title, headline(runs[0])[0], body)
+
+
+def html(title: str, description: str, body: str) -> str:
+    """A self-contained page around its content, which is HTML already."""
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f'<meta name="description" content="{text(headline(runs[0])[0])}">'
+        f'<meta name="description" content="{text(description)}">'
         f"<title>{text(title)}</title><style>\n{style}</style></head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
@@ -176,6 +181,7 @@ def _run_sections(run: Run, prefix: str) -> tuple[list[tuple[str, str]], str]:
         ("Training", sections.training),
         ("Speed", sections.speed),
         ("Features", sections.probe),
+        ("Languages", sections.alignment),
         ("Map", sections.embeddings),
         ("Examples", examples),
         ("Blanks", sections.fills),

@@ -51,8 +51,8 @@ class Run:
         values: the sections of `run.toml`.
         metrics, speed: rows in the order of their steps, one per (split, step).
         compares: the `compare*.json` files by name.
-        fills, samples, pictures, probe, anomaly, embeddings: the content of those files, None
-            where there is none.
+        fills, samples, pictures, probe, alignment, anomaly, embeddings: the content of those files,
+            None where there is none.
         warnings: what a reader must see first.
     """
 
@@ -65,6 +65,7 @@ class Run:
     samples: list[Row] | None
     pictures: list[Row] | None
     probe: Row | None
+    alignment: Row | None
     anomaly: Row | None
     embeddings: Row | None
     warnings: list[str]
@@ -123,6 +124,7 @@ def read_run(folder: Path) -> Run:
         samples=_json(folder / "samples.json", list, ("prompt", "text")),
         pictures=_json(folder / "pictures.json", list, ("title", "rows")),
         probe=_json(folder / "probe.json", dict, ("scores",)),
+        alignment=_alignment(folder / "alignment.json"),
         anomaly=_anomaly(folder / "anomaly.json"),
         embeddings=_embeddings(folder / "embeddings.json"),
         warnings=warnings + cut_metrics + cut_speed,
@@ -182,6 +184,20 @@ def _embeddings(path: Path) -> Row | None:
     for point in found["points"] + (found.get("untrained_points") or []):
         if len(point) != 2 or not all(map(finite, point)):
             raise CheckpointError(f"{path}: a point is {point}, must be two finite numbers")
+    return found
+
+
+def _alignment(path: Path) -> Row | None:
+    """Scores of two languages by layer, their numbers checked."""
+    found = _json(path, dict, ("languages", "pairs", "chance", "scores"))
+    for name, layers in (found or {"scores": {}})["scores"].items():
+        for layer, scores in enumerate(layers):
+            keys = [f"{start}mrr{end}" for start in ("", "centred_") for end in ("", "_back")]
+            if not all(finite(scores.get(key)) for key in keys):
+                raise CheckpointError(
+                    f"{path}: scores.{name}[{layer}] must hold the numbers {', '.join(keys)}; run "
+                    "`selfsup align` again"
+                )
     return found
 
 

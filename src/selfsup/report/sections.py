@@ -275,6 +275,36 @@ def probe(run: Run, anchor: str) -> str:
     return section(anchor, "Frozen features", lead, table)
 
 
+def alignment(run: Run, anchor: str) -> str:
+    """How near translations lie to each other, layer by layer."""
+    if not run.alignment:
+        return ""
+    found = run.alignment
+    first, second = map(str, found["languages"])
+    drawn = charts.both_widths(lambda w, h: charts.alignment_by_layer(found["scores"], w, h))
+    table = records(
+        [
+            {
+                "vectors": arm_name(name),
+                "layer": layer if len(layers) > 1 else "–",
+                f"MRR {first} to {second}": f"{scores['mrr']:.3f}",
+                f"{second} to {first}": f"{scores['mrr_back']:.3f}",
+                f"centred, {first} to {second}": f"{scores['centred_mrr']:.3f}",
+                f"centred, {second} to {first}": f"{scores['centred_mrr_back']:.3f}",
+            }
+            for name, layers in found["scores"].items()
+            for layer, scores in enumerate(layers)
+        ]
+    )
+    lead = (
+        f"Each of {found['pairs']:,} texts looks for its translation among all others by the "
+        "cosine of their mean vectors: the mean of 1 / rank (MRR), both ways; by chance "
+        f"{found['chance']:.3f}. Centred: without the mean of each language (Libovický et al. "
+        "2019). The line of one level counts only the tokens that both languages share."
+    )
+    return section(anchor, "Two languages", lead, f"<figure>{drawn}</figure>{table}")
+
+
 def anomalies(run: Run, anchor: str) -> str:
     """How far apart normal items and anomalies lie, and detectors side by side."""
     if not run.anomaly:

@@ -1,7 +1,10 @@
 """Held-out loss and the health of the features."""
 
+from dataclasses import replace
+
 import torch
 
+from selfsup.data.corpora import MixedRows
 from selfsup.data.dataset import Dataset
 from selfsup.errors import DivergedError
 from selfsup.objective import Objective
@@ -52,3 +55,11 @@ def evaluate(
                 "spread": float(guard.spread(pooled)),
             }
     return {k: v / max(total, 1.0) for k, v in sums.items()} | health
+
+
+def evaluate_corpora(
+    objective: Objective, data: MixedRows, config: TrainingConfig, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """`evaluate` of each corpus by its name; they divide `valid_batches` among themselves."""
+    share = replace(config, valid_batches=max(1, config.valid_batches // len(data.parts)))
+    return {name: evaluate(objective, part, share, device) for name, part in data.parts.items()}

@@ -29,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import penalised
+from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.transformer import Cache, TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
 
@@ -74,28 +76,6 @@ def surprisal(
     return nats, logits.detach().argmax(-1) == target
 
 
-def filtered(
-    logits: Float[Tensor, "batch vocabulary"], top_k: int, top_p: float
-) -> Float[Tensor, "batch vocabulary"]:
-    """Logits with -inf at unlikely tokens; the likeliest one always stays.
-
-    Args:
-        logits: any scale.
-        top_k: how many of the likeliest tokens stay (Fan et al. 2018, arXiv 1805.04833); 0: all.
-        top_p: then the smallest set of likeliest tokens that holds this share of the probability
-            stays (nucleus, Holtzman et al. 2019, arXiv 1904.09751); 1.0: all.
-    """
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]  # (batch, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1.0:
-        share, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        before = share.cumsum(-1) - share  # of the tokens likelier than this one
-        unlikely = (before >= top_p).gather(1, order.argsort(-1))  # back in the vocabulary's order
-        logits = logits.masked_fill(unlikely, -torch.inf)
-    return logits
-
-
 @final
 class CausalLanguage(Objective):
     """Predicts the next token; see the module's docstring.
@@ -114,6 +94,7 @@ class CausalLanguage(Objective):
 
     fields = ("tokens",)
     kept = ("encoder", "head")
+    adds_penalty = True
     unwritten: Tensor  # (vocabulary,) bool: never generated
 
     def __init__(self, config: Config, encoder: TransformerEncoder, vocabulary: Vocabulary):
@@ -127,26 +108,25 @@ class CausalLanguage(Objective):
         self.head = VocabularyHead(encoder, transform=config.head == "bert")
         if vocabulary.unigram_entropy:
             self.chance_loss = vocabulary.unigram_entropy
-        unwritten = torch.zeros(vocabulary.size, dtype=torch.bool)
-        unwritten[[i for i in vocabulary.special if i != vocabulary.sep]] = True
-        self.register_buffer("unwritten", unwritten, persistent=False)
+        self.register_buffer("unwritten", never_written(vocabulary), persistent=False)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Encodes, predicts, compares; nothing is random but the encoder's dropout."""
         target, real = next_tokens(batch)
-        nats, hit = self._surprisals(batch, target)
+        features = self.encoder(batch)
+        nats, hit = self._surprisals(features.last, target)
         total = real.sum()
         loss = torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
         accuracy = (hit & real).sum() / total.clamp(min=1)
-        return Output(loss, total, {"accuracy": accuracy})
+        return penalised(Output(loss, total, {"accuracy": accuracy}), features)
 
-    def _surprisals(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """`surprisal` at every position but the last, each (batch, next).
+    def _surprisals(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """`surprisal` after every position of (batch, time, dim) but the last, each (batch, next).
 
         The projection runs over as many positions as `MAX_LOGITS` allows; where that takes several
         chunks, their logits are computed again on the way back instead of being kept.
         """
-        hidden = self.encoder(batch).last[:, :-1].flatten(0, 1)  # (items, dim)
+        hidden = hidden[:, :-1].flatten(0, 1)  # (items, dim)
 
         def predict(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             return surprisal(self.head(hidden, self.encoder.embedding), target)
@@ -161,8 +141,13 @@ class CausalLanguage(Objective):
         return nats.view(target.shape), hit.view(target.shape)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> dict[str, Tensor]:
+    def score(self, batch: Batch, cache: Cache | None = None) -> dict[str, Tensor]:
         """How likely each token is after the ones before it in its document.
+
+        Args:
+            batch: the texts; with a cache, how they go on.
+            cache: what was read before; the batch's first tokens go unscored, as the cache holds no
+                prediction of them: leave a text's last token to the batch.
 
         Returns:
             `log_probability` (batch, time) float32, in nats, 0 where there is none; `scored`
@@ -170,7 +155,7 @@ class CausalLanguage(Objective):
             perplexity per word is exp(-sum of log_probability / number of words).
         """
         target, real = next_tokens(batch)
-        nats, _ = self._surprisals(batch, target)
+        nats, _ = self._surprisals(self.encoder(batch, cache).last, target)
         return {
             "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
             "scored": F.pad(real, (1, 0), value=False),
@@ -202,37 +187,6 @@ class CausalLanguage(Objective):
             ConfigError: an option out of range.
             DataError: more tokens than the model has learned positions, or packed rows.
         """
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ConfigError(
-                "generation needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
-                f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-            )
-        end, pad = self.vocabulary.sep, self.vocabulary.pad
-        rows = len(batch["tokens"])
-        device = batch["tokens"].device
-        written = torch.full((rows, num_tokens), end if pad < 0 else pad, device=device)
-        going = torch.ones(rows, dtype=torch.bool, device=device)  # (batch,)
-        cache = Cache()
-        for place in range(num_tokens):
-            logits = self._last_logits(batch, cache)
-            if temperature == 0:
-                token = logits.argmax(-1)  # (batch,)
-            else:
-                share = filtered(logits / temperature, top_k, top_p).softmax(-1)
-                token = torch.multinomial(share, 1, generator=generator).squeeze(1)
-            written[:, place] = torch.where(going, token, written[:, place])
-            going = going & (token != end)
-            if not going.any():
-                break
-            # an ended row goes on reading padding; what it draws then is thrown away
-            batch = {"tokens": written[:, place : place + 1]}
-        return written
-
-    def _last_logits(self, batch: Batch, cache: Cache) -> Float[Tensor, "batch vocabulary"]:
-        """Logits (float32) after the last real token of each row; -inf where never written."""
-        features = self.encoder(batch, cache)
-        slot = torch.arange(features.mask.shape[1], device=features.mask.device)
-        last = torch.where(features.mask, slot, 0).amax(1)  # (batch,)
-        hidden = features.last[torch.arange(len(last), device=last.device), last]  # (batch, dim)
-        logits = self.head(hidden, self.encoder.embedding).float()
-        return logits.masked_fill(self.unwritten, -torch.inf)
+        writer = CausalWriter(self.encoder, self.head, batch, self.unwritten)
+        rules = Rules.of(self.vocabulary, num_tokens)
+        return sample(writer, rules, generator, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import masked_loss
+from selfsup.methods.ops import masked_loss, penalised
 from selfsup.models.transformer import TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
 
@@ -183,6 +183,7 @@ class MaskedLanguage(Objective):
 
     fields: tuple[str, ...] = ("tokens",)
     kept = ("encoder", "head", "sentence_head")
+    adds_penalty = True
     ordinary: Tensor  # ids that may be predicted or drawn
     special: Tensor  # (vocabulary,) bool
     continues: Tensor  # (vocabulary,) bool
@@ -244,7 +245,7 @@ class MaskedLanguage(Objective):
             metrics["sentence_loss"] = sentence_loss
             metrics["sentence_accuracy"] = (answer.argmax(-1) == label).float().mean()
             loss = loss + sentence_loss
-        return Output(loss, chosen.real.sum(), metrics)
+        return penalised(Output(loss, chosen.real.sum(), metrics), features)
 
     def after_step(self, step: int, total: int) -> None:
         """Moves the mask rate towards its final value."""

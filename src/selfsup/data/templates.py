@@ -1,0 +1,198 @@
+"""Prompt templates: plain text files that turn labelled examples into prompts.
+
+    Say whether the review is good or bad.
+
+    {examples}
+    Review: {text}
+    Sentiment: {label}
+
+    --- labels
+    0, negative = bad
+    1, positive = good
+
+Above the line `{examples}` stands the instruction, below it one example. A demonstration is the
+example with everything filled in, and the query is the example up to `{label}`; all these are
+joined by blank lines. Without `{examples}` there is no instruction. A pair's second text goes to
+`{text_b}`. With `{reasoning}` the model writes a line of reasoning there before it answers.
+
+Under `--- labels` each line is a class: its names in labelled files, and the word that stands for
+it, its verbalizer (Schick and Schütze, 2020, arXiv 2001.07676), which may be several tokens long.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from selfsup.errors import ConfigError, nearest
+
+FOLDER = Path(__file__).parent.parent / "templates"
+PLACES = ("examples", "text", "text_b", "reasoning", "label")
+PLACE = re.compile(r"\{(\w+)\}")
+SECTION = re.compile(r"--- +(\S.*)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed template.
+
+    Attributes:
+        name: what the user called it, for messages.
+        instruction: comes first in every prompt; may be empty.
+        example: the pattern of a demonstration and of the query.
+        words: the verbalizers, one per class.
+        classes: the class number of each label name.
+
+    >>> template = parse("{text} It was {label}.\\n--- labels\\n0 = bad\\n1 = good", "films")
+    >>> template.prompt([template.demonstration("A mess.", "0")], "I wept.")
+    'A mess. It was bad.\\n\\nI wept. It was '
+    """
+
+    name: str
+    instruction: str
+    example: str
+    words: tuple[str, ...]
+    classes: dict[str, int]
+
+    @property
+    def paired(self) -> bool:
+        """Whether an item is a pair of texts."""
+        return "{text_b}" in self.example
+
+    @property
+    def reasons(self) -> bool:
+        """Whether reasoning comes before the label."""
+        return "{reasoning}" in self.example
+
+    @property
+    def answer_context(self) -> str:
+        """The fixed text right before the label: "Sentiment: "."""
+        before = self.example.partition("{label}")[0]
+        return PLACE.split(before)[-1].rpartition("\n")[2]
+
+    def demonstration(self, item: Any, label: str, reasoning: str = "") -> str:
+        """An example with its answer; `item` is a text or a pair."""
+        word = self.words[self.classes[label]]
+        return _filled(self.example, item, label=word, reasoning=reasoning)
+
+    def prompt(self, demonstrations: Sequence[str], item: Any, reasoning: str | None = None) -> str:
+        """Everything before the label, or before the reasoning where none is given yet."""
+        stop = "{reasoning}" if self.reasons and reasoning is None else "{label}"
+        pattern = self.example.partition(stop)[0]
+        query = _filled(pattern, item, reasoning=reasoning or "")
+        return "\n\n".join([*filter(None, [self.instruction]), *demonstrations, query])
+
+
+def _filled(pattern: str, item: Any, **values: str) -> str:
+    text, text_b = (item, "") if isinstance(item, str) else item
+    values |= {"text": text, "text_b": text_b}
+    return PLACE.sub(lambda place: values[place[1]], pattern)  # a "{label}" in a text stays
+
+
+def paths() -> dict[str, Path]:
+    """The named templates: one text file each."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.txt"))}
+
+
+def load(name: str | Path) -> Template:
+    """Reads a named template or a file.
+
+    Raises:
+        ConfigError: no such template, or a line that does not fit; it is named.
+    """
+    path = paths().get(str(name), Path(name))
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"), str(name))
+    except (FileNotFoundError, IsADirectoryError):
+        hint = nearest(str(name), paths())
+        raise ConfigError(f"no template and no file is called {str(name)!r}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def parse(text: str, name: str) -> Template:
+    """Reads a template's text; `name` stands in messages.
+
+    Raises:
+        ConfigError: a place, a section or a label that does not fit; its line is named.
+    """
+    lines = text.splitlines()
+    sections = []
+    for i, line in enumerate(lines):
+        if found := SECTION.match(line):
+            sections.append(i)
+            if found[1].strip() != "labels":
+                hint = nearest(found[1].strip(), ["labels"])
+                raise ConfigError(f"{name}:{i + 1}: unknown section {line.strip()!r}{hint}")
+    if len(sections) != 1:
+        raise ConfigError(
+            f"{name}: needs one line '--- labels' and below it lines 'label = word', "
+            f"found {len(sections)}"
+        )
+    end = sections[0]
+    places = [(i, place) for i in range(end) for place in PLACE.findall(lines[i])]
+    start = _check_places(name, lines, places)
+    words, classes = _labels(name, lines, end + 1)
+    instruction = "\n".join(lines[: max(start, 0)]).strip()
+    return Template(name, instruction, "\n".join(lines[start + 1 : end]).strip(), words, classes)
+
+
+def _check_places(name: str, lines: list[str], places: list[tuple[int, str]]) -> int:
+    """The number of the line `{examples}`, counted from 0; -1: there is none."""
+    start, seen = -1, set[str]()
+    for i, place in places:
+        where = f"{name}:{i + 1}"
+        if place not in PLACES:
+            raise ConfigError(f"{where}: unknown place {{{place}}}{nearest(place, PLACES)}")
+        if place in seen:
+            raise ConfigError(f"{where}: {{{place}}} stands here a second time; once is enough")
+        if place == "examples":
+            if lines[i].strip() != "{examples}":
+                raise ConfigError(f"{where}: {{examples}} needs a line of its own")
+            if seen:
+                raise ConfigError(
+                    f"{where}: {{{sorted(seen)[0]}}} stands above {{examples}}, where the "
+                    "instruction is; move it below"
+                )
+            start = i
+        elif "label" in seen:
+            raise ConfigError(
+                f"{where}: {{{place}}} stands behind {{label}}, and the model reads only what is "
+                "before it; move it up"
+            )
+        seen.add(place)
+    for place in ("text", "label"):
+        if place not in seen:
+            raise ConfigError(f"{name}: has no place {{{place}}}; write it where that belongs")
+    return start
+
+
+def _labels(name: str, lines: list[str], first: int) -> tuple[tuple[str, ...], dict[str, int]]:
+    words: list[str] = []
+    classes: dict[str, int] = {}
+    for i in range(first, len(lines)):
+        if not lines[i].strip():
+            continue
+        labels, equals, word = (part.strip() for part in lines[i].partition("="))
+        known = [label.strip() for label in labels.split(",")]
+        if not equals or not word or not all(known):
+            raise ConfigError(
+                f"{name}:{i + 1}: expected 'label = word' or 'label, label = word', "
+                f"got {lines[i]!r}"
+            )
+        for label in known:
+            if label in classes:
+                raise ConfigError(f"{name}:{i + 1}: label {label!r} has a word already")
+            classes[label] = len(words)
+        if word in words:
+            raise ConfigError(
+                f"{name}:{i + 1}: the word {word!r} stands for another class already; write both "
+                "labels on one line, separated by a comma, or choose another word"
+            )
+        words.append(word)
+    if len(words) < 2:
+        raise ConfigError(
+            f"{name}: '--- labels' names {len(words)} classes; at least two are needed"
+        )
+    return tuple(words), classes

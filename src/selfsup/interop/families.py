@@ -1,0 +1,603 @@
+"""The published architectures that our layouts can hold: configurations both ways, and their maps.
+
+BERT (arXiv 1810.04805), RoBERTa (1907.11692), ALBERT (1909.11942), ELECTRA (2003.10555), GPT-2
+(Radford et al., 2019), BART (1910.13461), T5 and T5 1.1 (1910.10683) and the Switch Transformer
+(2101.03961) are read and written. Small layouts with rotary positions are written as two
+architectures that compute the same: GPT-NeoX without its parallel residual (2204.06745), and ESM
+(Lin et al., 2022), which is a pre-norm BERT with rotary positions. Keys are those of a
+`config.json`; what ours cannot express is an error that names the key.
+
+Where a model trains on, some things differ from where it was trained: Switch drops tokens that find
+no room and adds no noise (`models/experts.py`), BART's `activation_dropout` is left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from selfsup.errors import ConfigError
+from selfsup.interop import maps
+from selfsup.interop.weights import Rule, linear
+
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+T5_ACTIVATIONS = {
+    **{"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"},
+    **{"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"},
+}
+
+
+class Head(NamedTuple):
+    """What a method or a task adds to the encoder: their class, and where our tensors lie."""
+
+    architecture: str
+    rules: tuple[Rule, ...] = ()
+    sentence: tuple[Rule, ...] = ()  # of `sentence_head`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: `model_type` in config.json.
+        prefix: of the encoder's tensors in a model with a head.
+        keys: their key -> (ours, their default).
+        also: their key -> the other key of theirs that it must equal.
+        layout: what of ours is fixed: see `facts`.
+        required: their key -> the only value that ours can express, which is also their default.
+        activation: their key, its default, and their names for ours.
+        rules: the map of the encoder.
+        heads: by method or task; the first is what a checkpoint without a head becomes.
+        pooler: their linear layer behind `pooling = "bert"`, or "".
+        sentence: the sentence objective of the paper, "" for none.
+        tied: their tensor -> the one that it repeats.
+        dropped: endings of names that hold no learned number.
+        model: name of ours.
+        imports: whether checkpoints are read.
+    """
+
+    name: str
+    prefix: str
+    keys: Mapping[str, tuple[str, Any]]
+    also: Mapping[str, str] = field(default_factory=dict)
+    layout: Mapping[str, Any]
+    required: Mapping[str, Any] = field(default_factory=dict)
+    activation: tuple[str, str, Mapping[str, str]]
+    rules: Callable[[Any, int, str], list[Rule]]
+    heads: Mapping[str, Head]
+    pooler: str = ""
+    sentence: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    model: str = "transformer"
+    imports: bool = True
+
+
+BERT_KEYS = {
+    "hidden_size": ("dim", 768),
+    "num_hidden_layers": ("layers", 12),
+    "num_attention_heads": ("heads", 12),
+    "intermediate_size": ("feedforward_dim", 3072),
+    "max_position_embeddings": ("max_length", 512),
+    "type_vocab_size": ("segment_types", 2),
+    "layer_norm_eps": ("norm_eps", 1e-12),
+    "hidden_dropout_prob": ("dropout", 0.1),
+    "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+    "initializer_range": ("init_std", 0.02),
+}
+PLAIN = {
+    **{"norm_kind": "layer", "share_layers": False, "experts": False, "bias": True},
+    **{"head_width": False, "embedding_dim": False, "embedding_std": False, "causal": False},
+}
+POST = {
+    **{**PLAIN, "norm": "post", "positions": "learned"},
+    **{"embedding_norm": True, "final_norm": False},
+}
+PRE = {
+    **{**PLAIN, "norm": "pre", "embedding_norm": False, "final_norm": True, "segment_types": 0},
+}
+ENCODER = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
+TAGGER = tuple(linear("head", "classifier"))
+
+
+def _tied(weight: str, bias: str, table: str) -> dict[str, str]:
+    """A decoder over the vocabulary repeats the table, and its bias stands in a second place."""
+    return {f"{weight}.weight": table, f"{weight}.bias": bias}
+
+
+BERT = Family(
+    name="bert",
+    prefix="bert.",
+    keys=BERT_KEYS,
+    layout=POST,
+    required=ENCODER,
+    activation=("hidden_act", "gelu", GELUS),
+    rules=maps.bert,
+    heads={
+        "masked_language": Head(
+            "BertForMaskedLM",
+            tuple(
+                maps.vocabulary_head(
+                    "cls.predictions.transform.dense",
+                    "cls.predictions.transform.LayerNorm",
+                    "cls.predictions.bias",
+                )
+            ),
+            tuple(linear("sentence_head", "cls.seq_relationship", flipped=True)),
+        ),
+        "classification": Head("BertForSequenceClassification", TAGGER),
+        "tagging": Head("BertForTokenClassification", TAGGER),
+    },
+    pooler="bert.pooler.dense",
+    sentence="nsp",
+    tied=_tied(
+        "cls.predictions.decoder", "cls.predictions.bias", "bert.embeddings.word_embeddings.weight"
+    ),
+    dropped=("embeddings.position_ids",),
+)
+
+ROBERTA = Family(
+    name="roberta",
+    prefix="roberta.",
+    keys=BERT_KEYS,
+    layout=POST,
+    required=ENCODER,
+    activation=("hidden_act", "gelu", GELUS),
+    rules=maps.bert,
+    heads={
+        "masked_language": Head(
+            "RobertaForMaskedLM",
+            tuple(maps.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")),
+        ),
+        "tagging": Head("RobertaForTokenClassification", TAGGER),
+    },
+    pooler="roberta.pooler.dense",
+    tied=_tied("lm_head.decoder", "lm_head.bias", "roberta.embeddings.word_embeddings.weight"),
+    dropped=("embeddings.position_ids",),
+)
+
+ALBERT = Family(
+    name="albert",
+    prefix="albert.",
+    keys={
+        **BERT_KEYS,
+        "embedding_size": ("embedding_dim", 128),
+        "hidden_size": ("dim", 4096),
+        "num_attention_heads": ("heads", 64),
+        "intermediate_size": ("feedforward_dim", 16384),
+        "hidden_dropout_prob": ("dropout", 0.0),
+        "attention_probs_dropout_prob": ("attention_dropout", 0.0),
+    },
+    layout={**POST, "share_layers": True, "embedding_dim": True},
+    required={
+        **{"num_hidden_groups": 1, "inner_group_num": 1},
+        **ENCODER,
+    },
+    activation=("hidden_act", "gelu_new", GELUS),
+    rules=maps.albert,
+    heads={
+        "masked_language": Head(
+            "AlbertForMaskedLM",
+            tuple(
+                maps.vocabulary_head(
+                    "predictions.dense", "predictions.LayerNorm", "predictions.bias"
+                )
+            ),
+            tuple(linear("sentence_head", "sop_classifier.classifier", flipped=True)),
+        ),
+        "classification": Head("AlbertForSequenceClassification", TAGGER),
+        "tagging": Head("AlbertForTokenClassification", TAGGER),
+    },
+    pooler="albert.pooler",
+    sentence="sop",
+    tied=_tied(
+        "predictions.decoder", "predictions.bias", "albert.embeddings.word_embeddings.weight"
+    ),
+    dropped=("embeddings.position_ids",),
+)
+
+ELECTRA = Family(
+    name="electra",
+    prefix="electra.",
+    keys={
+        **BERT_KEYS,
+        "embedding_size": ("embedding_dim", 128),
+        "hidden_size": ("dim", 256),
+        "num_attention_heads": ("heads", 4),
+        "intermediate_size": ("feedforward_dim", 1024),
+    },
+    layout={key: value for key, value in POST.items() if key != "embedding_dim"},
+    required=ENCODER,
+    activation=("hidden_act", "gelu", {"gelu": "gelu"}),  # its heads know no other
+    rules=maps.bert,
+    heads={
+        "replaced_token": Head(
+            "ElectraForPreTraining",
+            (
+                *linear("head.0", "discriminator_predictions.dense"),
+                *linear("head.2", "discriminator_predictions.dense_prediction"),
+            ),
+        ),
+        "masked_language": Head(
+            "ElectraForMaskedLM",
+            tuple(
+                maps.vocabulary_head(
+                    "generator_predictions.dense",
+                    "generator_predictions.LayerNorm",
+                    "generator_lm_head.bias",
+                )
+            ),
+        ),
+        "tagging": Head("ElectraForTokenClassification", TAGGER),
+    },
+    tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    dropped=("embeddings.position_ids",),
+)
+
+GPT2 = Family(
+    name="gpt2",
+    prefix="transformer.",
+    keys={
+        "n_embd": ("dim", 768),
+        "n_layer": ("layers", 12),
+        "n_head": ("heads", 12),
+        "n_inner": ("feedforward_dim", None),
+        "n_positions": ("max_length", 1024),
+        "layer_norm_epsilon": ("norm_eps", 1e-5),
+        "resid_pdrop": ("dropout", 0.1),
+        "attn_pdrop": ("attention_dropout", 0.1),
+        "initializer_range": ("init_std", 0.02),
+    },
+    layout={**PRE, "causal": True, "positions": "learned"},
+    required={
+        **{"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        **{"add_cross_attention": False, "tie_word_embeddings": True},
+    },
+    activation=("activation_function", "gelu_new", GELUS),
+    rules=maps.gpt2,
+    heads={"causal_language": Head("GPT2LMHeadModel")},
+    tied={"lm_head.weight": "transformer.wte.weight"},
+    dropped=(".attn.bias", ".attn.masked_bias"),
+)
+
+GPT_NEOX = Family(
+    name="gpt_neox",
+    prefix="gpt_neox.",
+    keys={
+        "hidden_size": ("dim", 6144),
+        "num_hidden_layers": ("layers", 44),
+        "num_attention_heads": ("heads", 64),
+        "intermediate_size": ("feedforward_dim", 24576),
+        "layer_norm_eps": ("norm_eps", 1e-5),
+        "hidden_dropout": ("dropout", 0.0),
+        "attention_dropout": ("attention_dropout", 0.0),
+        "initializer_range": ("init_std", 0.02),
+    },
+    layout={
+        **{key: value for key, value in PRE.items() if key != "embedding_std"},
+        **{"causal": True, "positions": "rotary"},
+    },
+    required={
+        **{"use_parallel_residual": False, "attention_bias": True, "tie_word_embeddings": False},
+    },
+    activation=("hidden_act", "gelu", GELUS),
+    rules=maps.gpt_neox,
+    heads={"causal_language": Head("GPTNeoXForCausalLM")},
+    imports=False,
+)
+
+ESM = Family(
+    name="esm",
+    prefix="esm.",
+    keys={key: value for key, value in BERT_KEYS.items() if key != "type_vocab_size"},
+    layout={
+        **{key: value for key, value in PRE.items() if key != "embedding_std"},
+        "positions": "rotary",
+    },
+    required={
+        **{"position_embedding_type": "rotary", "emb_layer_norm_before": False},
+        **{"token_dropout": False, "tie_word_embeddings": False},
+    },
+    activation=("hidden_act", "gelu", {"gelu": "gelu"}),
+    rules=maps.esm,
+    heads={
+        "masked_language": Head(
+            "EsmForMaskedLM",
+            (
+                *maps.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+                Rule(f"{maps.EMBEDDING}.tokens.weight", ("lm_head.decoder.weight",)),
+            ),
+        ),
+        "tagging": Head("EsmForTokenClassification", TAGGER),
+    },
+    imports=False,
+)
+
+BART = Family(
+    name="bart",
+    prefix="model.",
+    keys={
+        "d_model": ("dim", 1024),
+        "encoder_layers": ("layers", 12),
+        "decoder_layers": ("decoder_layers", 12),
+        "encoder_attention_heads": ("heads", 16),
+        "encoder_ffn_dim": ("feedforward_dim", 4096),
+        "max_position_embeddings": ("max_length", 1024),
+        "dropout": ("dropout", 0.1),
+        "attention_dropout": ("attention_dropout", 0.0),
+        "init_std": ("init_std", 0.02),
+    },
+    also={
+        "decoder_attention_heads": "encoder_attention_heads",
+        "decoder_ffn_dim": "encoder_ffn_dim",
+    },
+    layout={**POST, "segment_types": 0, "norm_eps": 1e-5, "tied": True},
+    required={"scale_embedding": False, "tie_word_embeddings": True},
+    activation=("activation_function", "gelu", GELUS),
+    rules=maps.bart,
+    heads={"denoising": Head("BartForConditionalGeneration")},
+    tied={
+        "model.encoder.embed_tokens.weight": "model.shared.weight",
+        "model.decoder.embed_tokens.weight": "model.shared.weight",
+        "lm_head.weight": "model.shared.weight",
+    },
+    model="encoder_decoder",
+)
+
+T5_KEYS = {
+    "d_model": ("dim", 512),
+    "d_kv": ("head_width", 64),
+    "d_ff": ("feedforward_dim", 2048),
+    "num_layers": ("layers", 6),
+    "num_decoder_layers": ("decoder_layers", None),
+    "num_heads": ("heads", 8),
+    "relative_attention_num_buckets": ("relative_buckets", 32),
+    "relative_attention_max_distance": ("relative_reach", 128),
+    "dropout_rate": ("dropout", 0.1),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+}
+T5_LAYOUT = {
+    **{"norm": "pre", "norm_kind": "rms", "positions": "relative", "share_layers": False},
+    **{"bias": False, "embedding_norm": False, "final_norm": True, "segment_types": 0},
+    **{"embedding_dim": False, "causal": False},
+}
+T5_TIED = {
+    "encoder.embed_tokens.weight": "shared.weight",
+    "decoder.embed_tokens.weight": "shared.weight",
+}
+T5 = Family(
+    name="t5",
+    prefix="",
+    keys=T5_KEYS,
+    layout={**T5_LAYOUT, "experts": False},
+    activation=("feed_forward_proj", "relu", T5_ACTIVATIONS),
+    rules=maps.t5,
+    heads={"denoising": Head("T5ForConditionalGeneration")},
+    tied=T5_TIED,
+    # of the first checkpoints; never read
+    dropped=("layer.1.EncDecAttention.relative_attention_bias.weight",),
+    model="encoder_decoder",
+)
+
+SWITCH = Family(
+    name="switch_transformers",
+    prefix="",
+    keys={
+        **T5_KEYS,
+        **{"d_model": ("dim", 768), "num_layers": ("layers", 12), "num_heads": ("heads", 12)},
+        **{"num_experts": ("experts", 8), "router_aux_loss_coef": ("balance_weight", 0.001)},
+    },
+    layout={**T5_LAYOUT, "experts": True},
+    required={"router_bias": False, "router_dtype": "float32"},
+    activation=("dense_act_fn", "relu", {k: T5_ACTIVATIONS[k] for k in GELUS if k in T5_ACTIVATIONS}),
+    rules=maps.t5,
+    heads={"denoising": Head("SwitchTransformersForConditionalGeneration")},
+    tied=T5_TIED,
+    model="encoder_decoder",
+)
+
+# the first that fits is what a model is written as
+FAMILIES = (ROBERTA, BERT, ALBERT, ELECTRA, GPT2, BART, T5, SWITCH, GPT_NEOX, ESM)
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """What the layouts of families speak of: values, and whether a width or a factor is special."""
+    final = config.norm == "pre" if config.final_norm is None else config.final_norm
+    return {
+        **{key: getattr(config, key) for key in ("norm", "norm_kind", "positions", "causal")},
+        **{key: getattr(config, key) for key in ("share_layers", "bias", "embedding_norm")},
+        **{"segment_types": config.segment_types, "norm_eps": config.norm_eps},
+        "tied": getattr(config, "tied", True),
+        "final_norm": final,
+        "experts": config.experts > 0,
+        "head_width": config.head_dim * config.heads != config.dim,
+        "embedding_dim": config.embedding_width != config.dim,
+        "embedding_std": maps.factor(config) != 1.0,
+    }
+
+
+def family_of(values: Mapping[str, Any], where: str) -> Family:
+    """The family that a config.json is of.
+
+    Raises:
+        ConfigError: it is none of those that can be read.
+    """
+    readable = {family.name: family for family in FAMILIES if family.imports}
+    name = values.get("model_type")
+    if name not in readable:
+        raise ConfigError(
+            f"{where}: model_type = {name!r} cannot be imported; {', '.join(sorted(readable))} can"
+        )
+    return readable[name]
+
+
+def read_config(
+    family: Family, values: Mapping[str, Any], where: str, *, pooled: bool, scaled: bool, tied: bool
+) -> dict[str, Any]:
+    """The [model] section for a config.json.
+
+    Args:
+        family: from `family_of`.
+        values: the file's content.
+        where: its path, for errors.
+        pooled: whether the checkpoint holds a pooler.
+        scaled: T5 and Switch: whether the output is divided by sqrt(dim).
+        tied: T5 and Switch: whether the output's weights are the table.
+
+    Raises:
+        ConfigError: ours cannot express a value; its key is named.
+    """
+    for key, only in family.required.items():
+        if key in values and values[key] not in (only, None):
+            raise ConfigError(f"{where}: {key} = {values[key]!r} is not supported, only {only!r}")
+    given = {key: values.get(key, default) for key, (_, default) in family.keys.items()}
+    for key, other in family.also.items():
+        if values.get(key, given[other]) != given[other]:
+            raise ConfigError(
+                f"{where}: {key} = {values[key]!r} is not supported where {other} = {given[other]}"
+            )
+    out = {ours: given[key] for key, (ours, _) in family.keys.items() if given[key] is not None}
+    key, default, known = family.activation
+    if values.get(key, default) not in known:
+        raise ConfigError(
+            f"{where}: {key} = {values[key]!r} is not supported; {', '.join(known)} are"
+        )
+    out["activation"] = known[values.get(key, default)]
+    switches = {"experts", "head_width", "embedding_dim", "embedding_std", "segment_types", "tied"}
+    out = {k: v for k, v in family.layout.items() if k not in switches} | out
+    if "segment_types" in out:
+        out["segment_types"] = max(2, out["segment_types"])  # one is given twice: see `tables`
+    if "embedding_dim" in out:
+        out = _narrow(family, out, where)
+    out["max_length"] = out.get("max_length", 512) - skipped_inside(family, values)
+    pooling = "last" if family.layout["causal"] else "bert" if pooled else "mean"
+    out |= {"name": family.model, "pooling": pooling}
+    if family.model == "encoder_decoder":
+        out["tied"] = tied
+    if family.layout["positions"] == "relative":
+        out["init_std"] = out["dim"] ** -0.5
+        out["embedding_std"] = 1.0 if tied and scaled else 0.0
+    if family is SWITCH:
+        out["expert_every"] = _expert_every(values, out, where)
+    return out
+
+
+def _narrow(family: Family, out: dict[str, Any], where: str) -> dict[str, Any]:
+    if out["embedding_dim"] != out["dim"]:
+        return out
+    if family is ALBERT:
+        raise ConfigError(
+            f"{where}: embedding_size = {out['dim']} = hidden_size is not supported: ours projects "
+            "a narrower table only"
+        )
+    return {**out, "embedding_dim": 0}
+
+
+def _expert_every(values: Mapping[str, Any], out: dict[str, Any], where: str) -> int:
+    """The step from one layer with experts to the next, which is 1 or 2 in both stacks."""
+    steps = {}
+    for side in ("encoder", "decoder"):
+        layers = out["layers"] if side == "encoder" else out.get("decoder_layers", out["layers"])
+        sparse = values.get(f"num_sparse_{side}_layers", 3)
+        steps[side] = layers // sparse if sparse else 0
+    if steps["encoder"] != steps["decoder"] or steps["encoder"] not in (1, 2):
+        raise ConfigError(
+            f"{where}: num_sparse_encoder_layers and num_sparse_decoder_layers put experts into "
+            f"every {steps['encoder']}th and {steps['decoder']}th layer; every layer or every "
+            "second one is supported, in both stacks alike"
+        )
+    return steps["encoder"]
+
+
+def skipped(family: Family, pad: int) -> int:
+    """Rows at the beginning of a table of positions that no token reads."""
+    return pad + 1 if family is ROBERTA else 2 if family is BART else 0
+
+
+def skipped_inside(family: Family, values: Mapping[str, Any]) -> int:
+    """How many of them `max_position_embeddings` counts."""
+    return skipped(family, values.get("pad_token_id", 1)) if family is ROBERTA else 0
+
+
+def chosen(config: Any, model: str, kind: str, begins: bool) -> Family:
+    """The family that a model of ours is written as.
+
+    Args:
+        config: of its encoder.
+        model: its name in the registry.
+        kind: name of its method or task.
+        begins: whether its rows begin with <s>, as RoBERTa's do.
+
+    Raises:
+        ConfigError: there is none; the nearest one's differences are named.
+    """
+    found, mine = [], facts(config) if model in ("transformer", "encoder_decoder") else {}
+    for family in FAMILIES:
+        if family.model != model or kind not in family.heads or (family is ROBERTA and not begins):
+            continue
+        lacking = [key for key, value in family.layout.items() if mine[key] != value]
+        if config.activation not in family.activation[2].values():
+            lacking.append("activation")
+        if not lacking:
+            return family
+        found.append((len(lacking), family.name, lacking))
+    if not found:
+        raise ConfigError(
+            f"a {kind} model on {model!r} has no counterpart in transformers; masked_language, "
+            "causal_language, replaced_token, denoising, classification and tagging on a "
+            "transformer can be exported"
+        )
+    _, name, lacking = min(found)
+    shown = ", ".join(f"model.{key} = {getattr(config, key, None)!r}" for key in lacking)
+    raise ConfigError(
+        f"no architecture of transformers computes this layout; {name} is nearest, but for "
+        f"{shown}. The presets bert-*, gpt2-*, bart-*, t5-* and modern-* can be exported"
+    )
+
+
+def write_config(family: Family, config: Any, size: int, pad: int) -> dict[str, Any]:
+    """The architecture's part of a config.json for one of our configurations.
+
+    Args:
+        family: from `chosen`.
+        config: of the encoder.
+        size: of the vocabulary.
+        pad: id of the padding token.
+    """
+    resolved = {
+        "attention_dropout": config.dropout
+        if config.attention_dropout is None
+        else config.attention_dropout,
+        "feedforward_dim": config.feedforward_width,
+        "embedding_dim": config.embedding_width,
+        "head_width": config.head_dim,
+        "decoder_layers": getattr(config, "decoder_layers", 0) or config.layers,
+        "segment_types": max(1, config.segment_types),
+    }
+    out: dict[str, Any] = {"model_type": family.name, "vocab_size": size}
+    for key, (ours, _) in family.keys.items():
+        out[key] = resolved.get(ours, getattr(config, ours))
+    out |= {key: out[other] for key, other in family.also.items()} | dict(family.required)
+    key, _, known = family.activation
+    out[key] = next(name for name, ours in known.items() if ours == config.activation)
+    if family is ROBERTA:
+        out["max_position_embeddings"] += skipped(family, pad)
+    if family is GPT_NEOX:
+        rope = {"rope_theta": config.rotary_base, "partial_rotary_factor": 1.0}
+        out |= {"rope_parameters": {**rope, "rope_type": "default"}, "max_position_embeddings": 2048}
+        out |= {"rotary_emb_base": config.rotary_base, "rotary_pct": 1.0}  # before version 5
+    if family is ESM:
+        out |= {"rope_theta": config.rotary_base}
+    if family.layout["positions"] == "relative":
+        divided = maps.output_is_divided(config)
+        out |= {"tie_word_embeddings": divided, "initializer_factor": 1.0}
+    if family is SWITCH:
+        out |= {"num_sparse_encoder_layers": config.layers // config.expert_every}
+        out |= {"num_sparse_decoder_layers": out["num_decoder_layers"] // config.expert_every}
+        out |= {"expert_capacity": 2**20, "router_jitter_noise": 0.0}  # as ours outside training
+    if family is GPT2:
+        out["embd_pdrop"] = out["resid_pdrop"]
+    return out
+
+

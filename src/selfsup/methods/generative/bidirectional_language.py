@@ -1,0 +1,143 @@
+"""Bidirectional language modelling: from the left the next word, from the right the one before.
+
+Peters et al., "Deep contextualized word representations" (2018, arXiv 1802.05365), section 3.1. Two
+language models share the vectors of words and the softmax, and have LSTMs of their own; the sum of
+their log-likelihoods is maximised. A task then reads a learned mix of all layers of both (the
+tuning `layer_mix`).
+
+Axes: batch; time; next = time - 1: neighbouring positions; items = batch * next; vocabulary.
+
+Deviations from the paper:
+- The loss is the mean of both directions, not their sum.
+- The softmax is over the whole vocabulary; the paper's, over 793,471 words, is estimated from 8,192
+  sampled ones.
+- Nothing is predicted across the border of two documents; there, of two sentences.
+
+Reference result: none recorded yet; the recipe elmo-mini-english names what was measured.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from selfsup.batch import Batch, Vocabulary
+from selfsup.errors import ConfigError
+from selfsup.models.elmo import ElmoEncoder
+from selfsup.models.encoder import Encoder
+from selfsup.objective import Objective, Output
+
+MAX_LOGITS = 2**27  # held at once; 512 MiB in float32, as much again for their gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Nothing: the paper varies the model alone."""
+
+
+def neighbours(batch: Batch) -> Bool[Tensor, "batch next"]:
+    """Whether a position and the one after it are real and of one document.
+
+    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
+    >>> neighbours(row).tolist()
+    [[True, True, False]]
+    """
+    real = torch.ones_like(batch["tokens"][:, 1:], dtype=torch.bool)
+    if "mask" in batch:
+        real = batch["mask"][:, :-1] & batch["mask"][:, 1:]
+    if "documents" in batch:
+        real = real & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
+    return real
+
+
+@final
+class BidirectionalLanguage(Objective):
+    """Predicts each word from both sides, one after the other; see the module's docstring.
+
+    Raises:
+        ConfigError: the encoder's two directions meet, so that it sees what it is to predict.
+
+    >>> from selfsup.models.elmo import Config as Model
+    >>> vocabulary = Vocabulary(size=3, spellings=(b"a", b"so", b"it"))
+    >>> encoder = ElmoEncoder(Model(dim=4, cell=8, filters=(2, 2)), vocabulary)
+    >>> method = BidirectionalLanguage(Config(), encoder, vocabulary).eval()
+    >>> output = method.loss({"tokens": torch.tensor([[0, 2, 1]])}, torch.Generator())
+    >>> int(output.weight), sorted(output.metrics)
+    (2, ['backward_loss', 'forward_loss'])
+    """
+
+    fields = ("tokens",)
+    kept = ("encoder", "head")
+    encoder: ElmoEncoder
+
+    def __init__(self, config: Config, encoder: Encoder, vocabulary: Vocabulary):
+        super().__init__()
+        if not isinstance(encoder, ElmoEncoder):
+            raise ConfigError(
+                "bidirectional_language needs two directions that never meet: use model.name = "
+                "'elmo'"
+            )
+        self.config, self.encoder, self.vocabulary = config, encoder, vocabulary
+        self.head = nn.Linear(encoder.config.dim, vocabulary.size)
+        nn.init.normal_(self.head.weight, std=encoder.config.dim**-0.5)
+        nn.init.zeros_(self.head.bias)
+        if vocabulary.unigram_entropy:
+            self.chance_loss = vocabulary.unigram_entropy
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Output:
+        """Reads in both directions, predicts, compares; only dropout is random."""
+        real = neighbours(batch)
+        total = real.sum()
+        forward, backward = (
+            torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
+            for nats in self._surprisals(batch)
+        )
+        metrics = {"forward_loss": forward.detach(), "backward_loss": backward.detach()}
+        return Output((forward + backward) / 2, total, metrics)
+
+    def _surprisals(self, batch: Batch) -> list[Float[Tensor, "batch next"]]:
+        """-log p in nats: of each next token from the left, of each one before from the right."""
+        tokens = batch["tokens"]
+        left, right = self.encoder.dropout(self.encoder(batch).last).chunk(2, -1)
+        return [
+            self._nats(left[:, :-1], tokens[:, 1:]),
+            self._nats(right[:, 1:], tokens[:, :-1]),
+        ]
+
+    def _nats(
+        self, hidden: Float[Tensor, "batch next dim"], target: Int[Tensor, "batch next"]
+    ) -> Float[Tensor, "batch next"]:
+        """The projection runs over as many positions as `MAX_LOGITS` allows.
+
+        Where that takes several chunks, their logits are computed again on the way back.
+        """
+
+        def predict(hidden: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
+
+        size = max(1, MAX_LOGITS // self.vocabulary.size)
+        pieces = zip(hidden.flatten(0, 1).split(size), target.flatten().split(size), strict=True)
+        if target.numel() <= size:
+            nats = [predict(*piece) for piece in pieces]
+        else:
+            nats = [checkpoint(predict, *piece, use_reentrant=False) for piece in pieces]
+        return torch.cat(nats).view(target.shape)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> dict[str, Tensor]:
+        """How likely each token is after the ones before it in its document: forwards alone.
+
+        Returns:
+            `log_probability` (batch, time) float32, in nats, 0 where there is none; `scored`
+            (batch, time) bool, False at padding and at the first token of a document.
+        """
+        real = neighbours(batch)
+        nats = self._surprisals(batch)[0]
+        return {
+            "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
+            "scored": F.pad(real, (1, 0), value=False),
+        }

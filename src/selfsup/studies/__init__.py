@@ -1,0 +1,1 @@
+"""Studies: one published claim each, made again at small scale."""
