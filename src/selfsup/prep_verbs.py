@@ -39,7 +39,7 @@ def clean(options: argparse.Namespace) -> None:
 def _print_table(summary: dict[str, Any]) -> None:
     keys = ("documents", "lines", "characters")
     rows = {"read": summary["read"]}
-    rows |= {rule: found for rule, found in summary["dropped"].items() if found["characters"]}
+    rows |= {rule: found for rule, found in summary["dropped"].items() if any(found.values())}
     rows |= {"kept": summary["kept"]}
     width = max(map(len, rows))
     for name, row in rows.items():

@@ -70,6 +70,7 @@ TUNINGS = {
     "probe": "selfsup.tuning.probe:probe",
     "layer_mix": "selfsup.tuning.layer_mix:layer_mix",
 }
+# A study is a function that gives what is to be recorded: no class, and no section of a recipe.
 STUDIES = {
     "language_methods": "selfsup.studies.language_methods:run",
 }

@@ -377,7 +377,7 @@ def list_(options: argparse.Namespace) -> None:
     from selfsup.config import presets, read_toml
     from selfsup.data import templates
 
-    tables = dict.fromkeys(("recipes", *registry.TABLES, "templates"))
+    tables = dict.fromkeys(("recipes", *registry.TABLES, "studies", "templates"))
     wanted = list(tables) if options.what is None else [options.what]
     if wanted[0] not in tables:
         raise ConfigError(f"cannot list {options.what!r}{nearest(options.what, tables)}")
@@ -388,6 +388,8 @@ def list_(options: argparse.Namespace) -> None:
         if what == "recipes":
             paths = registry.recipe_paths()
             rows = {name: read_toml(path)["recipe"]["summary"] for name, path in paths.items()}
+        elif what == "studies":
+            rows = {n: registry.summary(target) for n, target in registry.STUDIES.items()}
         elif what == "templates":
             rows = {name: templates.load(name).instruction for name in templates.paths()}
         else:

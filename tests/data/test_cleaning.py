@@ -352,6 +352,7 @@ def test_prep_clean(crawl, tmp_path, selfsup):
     table = {line.split()[0]: line.split()[1:] for line in answer.out.splitlines()}
     assert table["read"][0] == "8"
     assert table["near_duplicates"][0] == "-1"
+    assert table["empty"] == ["-2", "0.00%"]  # all their lines went by another rule
     assert table["kept"][0] == "4"
     assert f"--data {out}/documents" in answer.err
     page_text = (out / "report.html").read_text()

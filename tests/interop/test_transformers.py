@@ -1,23 +1,42 @@
 """Checkpoints in and out, held against `transformers` number for number."""
 
-import json
-import warnings
 from pathlib import Path
 
 import pytest
 import tokenizers as library
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import selfsup
-from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.interop.transformers import export_run, import_run
 from selfsup.models.attention import Cache
 from selfsup.randomness import isolated, torch_generator
 
-WORDS = "the cat sat on a mat and it was un ##happy ##ness dog 世 界 😀 , . !".split()
+WORDS = tuple(
+    [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "it",
+        "was",
+        "un",
+        "##happy",
+        "##ness",
+        "dog",
+        "世",
+        "界",
+        "😀",
+        ",",
+        ".",
+        "!",
+    ]
+)
 BERT_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 TEXTS = ["The cat, un-happiness!", "unhappy 世界 on the mat.", "😀 a dog 😀", "été"]
 SIZE = 61
@@ -94,19 +113,34 @@ def write_wordpiece_size(folder: Path) -> int:
 
 
 BERT = {
-    **{"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
-    **{"intermediate_size": 48, "max_position_embeddings": 24},
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
 }
 GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 24, "bos_token_id": 0}
 GPT2 |= {"eos_token_id": 0}
 BART = {
-    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4},
-    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
     "max_position_embeddings": 24,
 }
 T5 = {
-    **{"d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2},
-    **{"num_heads": 3, "relative_attention_max_distance": 20, "relative_attention_num_buckets": 8, "decoder_start_token_id": 0},
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 3,
+    "relative_attention_max_distance": 20,
+    "relative_attention_num_buckets": 8,
+    "decoder_start_token_id": 0,
 }
 SWITCH = {**T5, "num_experts": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 

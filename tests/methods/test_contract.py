@@ -3,7 +3,7 @@
 import threading
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,20 @@ class Sequences(Dataset):
         columns = {k: v for k, v in {**batch, "mask": mask}.items() if k != "index"}
         wider = {k: nn.functional.pad(v, (0, 3)) for k, v in columns.items()}
         return {**batch, **wider}
+
+
+class MarkedSequences(Sequences):
+    """The same rows for a vocabulary with sentinels.
+
+    Args:
+        size: number of examples.
+        seed: decides them.
+    """
+
+    spec = replace(VOCABULARY, size=5 + NUM_LETTERS + 6, sentinels=tuple(range(20, 14, -1)))
+
+    def __init__(self, size: int, seed: int):
+        super().__init__("single", size, seed)
 
 
 class Pictures(Dataset):
@@ -455,6 +469,13 @@ ALL_TOLD = {**NO_DROPOUT, "method.start_probability": 1.0}
 PLACED_TOLD = {**ALL_TOLD, "model.positions": "learned"}
 BAG = {"name": "bag", "dim": 16}
 ELMO = {"name": "elmo", "dim": 16, "cell": 32, "filters": [8, 8], "dropout": 0.05}
+SEQ2SEQ = {**TRANSFORMER, "name": "encoder_decoder", "decoder_layers": 1}
+T5 = {**SEQ2SEQ, "positions": "relative", "norm_kind": "rms", "bias": False}
+SENTINELS = {"corruptions": ["sentinel_spans"], "rate": 0.3, "span": 2.0}
+MASS = {"corruptions": ["mass_spans"]}
+ALL_ASKED = {**NO_DROPOUT, "method.rate": 0.999}
+ALL_ERASED = {**ALL_ASKED, "method.corruptions": ["token_mask"]}
+ALL_WRITTEN = {**ALL_ASKED, "method.mask_share": 1.0, "method.random_share": 0.0}
 WORDS = {"window": 2, "subsample": 0.0}
 CBOW = {**WORDS, "architecture": "cbow"}
 CASES = [
@@ -491,6 +512,10 @@ CASES = [
     Case("causal_language", sequences("packed"), CAUSAL, {}, NO_DROPOUT, random=False),
     Case("causal_language", sequences("single"), CAUSAL, {"head": "bert"}, NO_DROPOUT, False),
     Case("bidirectional_language", sequences("packed"), ELMO, {}, NO_DROPOUT, random=False),
+    Case("denoising", sequences("single"), SEQ2SEQ, {}, ALL_ERASED),
+    Case("denoising", sequences("packed"), SEQ2SEQ, MASS, ALL_WRITTEN),
+    Case("denoising", MarkedSequences, T5, SENTINELS, ALL_ASKED),
+    Case("gpt_bert", sequences("packed"), TRANSFORMER, {"causal_share": 0.5}),
     Case("masked_series", Series, STACKED, {}, ALL_HIDDEN, leaves=0.7),
     Case("masked_series", Series, FRAMES, {"instance_norm": False, "mask_rate": 0.6}, ALL_HIDDEN),
     Case("apc", Speech, RECURRENT, {"shift": 3}, {}, random=False, leaves=0.6),

@@ -284,7 +284,7 @@ class OrderedEncoder(ToyEncoder):
     """Puts the second position's embedding into the first, so that [CLS] sees the first letter."""
 
     def forward(self, batch):
-        hidden, mask, pooled = super().forward(batch)
+        hidden, mask, pooled, *_ = super().forward(batch)
         first = hidden[-1][:, :1] + hidden[-1][:, 1:2]
         last = torch.cat([first, hidden[-1][:, 1:]], dim=1)
         return Features((hidden[0], last), mask, pooled)

@@ -1,29 +1,31 @@
-"""The published architectures that our layouts can hold: configurations both ways, and their maps.
+"""The published architectures that our layouts can hold: their keys, their heads, their maps.
 
 BERT (arXiv 1810.04805), RoBERTa (1907.11692), ALBERT (1909.11942), ELECTRA (2003.10555), GPT-2
 (Radford et al., 2019), BART (1910.13461), T5 and T5 1.1 (1910.10683) and the Switch Transformer
 (2101.03961) are read and written. Small layouts with rotary positions are written as two
 architectures that compute the same: GPT-NeoX without its parallel residual (2204.06745), and ESM
 (Lin et al., 2022), which is a pre-norm BERT with rotary positions. Keys are those of a
-`config.json`; what ours cannot express is an error that names the key.
+`config.json`, which `configurations.py` reads and writes.
 
 Where a model trains on, some things differ from where it was trained: Switch drops tokens that find
 no room and adds no noise (`models/experts.py`), BART's `activation_dropout` is left out.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from selfsup.errors import ConfigError
 from selfsup.interop import maps
 from selfsup.interop.weights import Rule, linear
 
 GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 T5_ACTIVATIONS = {
-    **{"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"},
-    **{"gated-gelu": "geglu", "gated-gelu_new": "geglu", "gated-silu": "swiglu"},
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gated-gelu": "geglu",
+    "gated-gelu_new": "geglu",
+    "gated-silu": "swiglu",
 }
 
 
@@ -87,15 +89,28 @@ BERT_KEYS = {
     "initializer_range": ("init_std", 0.02),
 }
 PLAIN = {
-    **{"norm_kind": "layer", "share_layers": False, "experts": False, "bias": True},
-    **{"head_width": False, "embedding_dim": False, "embedding_std": False, "causal": False},
+    "norm_kind": "layer",
+    "share_layers": False,
+    "experts": False,
+    "bias": True,
+    "head_width": False,
+    "embedding_dim": False,
+    "embedding_std": False,
+    "causal": False,
 }
 POST = {
-    **{**PLAIN, "norm": "post", "positions": "learned"},
-    **{"embedding_norm": True, "final_norm": False},
+    **PLAIN,
+    "norm": "post",
+    "positions": "learned",
+    "embedding_norm": True,
+    "final_norm": False,
 }
 PRE = {
-    **{**PLAIN, "norm": "pre", "embedding_norm": False, "final_norm": True, "segment_types": 0},
+    **PLAIN,
+    "norm": "pre",
+    "embedding_norm": False,
+    "final_norm": True,
+    "segment_types": 0,
 }
 ENCODER = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 TAGGER = tuple(linear("head", "classifier"))
@@ -171,7 +186,8 @@ ALBERT = Family(
     },
     layout={**POST, "share_layers": True, "embedding_dim": True},
     required={
-        **{"num_hidden_groups": 1, "inner_group_num": 1},
+        "num_hidden_groups": 1,
+        "inner_group_num": 1,
         **ENCODER,
     },
     activation=("hidden_act", "gelu_new", GELUS),
@@ -251,8 +267,10 @@ GPT2 = Family(
     },
     layout={**PRE, "causal": True, "positions": "learned"},
     required={
-        **{"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-        **{"add_cross_attention": False, "tie_word_embeddings": True},
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
     },
     activation=("activation_function", "gelu_new", GELUS),
     rules=maps.gpt2,
@@ -276,10 +294,13 @@ GPT_NEOX = Family(
     },
     layout={
         **{key: value for key, value in PRE.items() if key != "embedding_std"},
-        **{"causal": True, "positions": "rotary"},
+        "causal": True,
+        "positions": "rotary",
     },
     required={
-        **{"use_parallel_residual": False, "attention_bias": True, "tie_word_embeddings": False},
+        "use_parallel_residual": False,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
     },
     activation=("hidden_act", "gelu", GELUS),
     rules=maps.gpt_neox,
@@ -296,8 +317,10 @@ ESM = Family(
         "positions": "rotary",
     },
     required={
-        **{"position_embedding_type": "rotary", "emb_layer_norm_before": False},
-        **{"token_dropout": False, "tie_word_embeddings": False},
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": False,
+        "token_dropout": False,
+        "tie_word_embeddings": False,
     },
     activation=("hidden_act", "gelu", {"gelu": "gelu"}),
     rules=maps.esm,
@@ -358,9 +381,16 @@ T5_KEYS = {
     "layer_norm_epsilon": ("norm_eps", 1e-6),
 }
 T5_LAYOUT = {
-    **{"norm": "pre", "norm_kind": "rms", "positions": "relative", "share_layers": False},
-    **{"bias": False, "embedding_norm": False, "final_norm": True, "segment_types": 0},
-    **{"embedding_dim": False, "causal": False},
+    "norm": "pre",
+    "norm_kind": "rms",
+    "positions": "relative",
+    "share_layers": False,
+    "bias": False,
+    "embedding_norm": False,
+    "final_norm": True,
+    "segment_types": 0,
+    "embedding_dim": False,
+    "causal": False,
 }
 T5_TIED = {
     "encoder.embed_tokens.weight": "shared.weight",
@@ -385,12 +415,19 @@ SWITCH = Family(
     prefix="",
     keys={
         **T5_KEYS,
-        **{"d_model": ("dim", 768), "num_layers": ("layers", 12), "num_heads": ("heads", 12)},
-        **{"num_experts": ("experts", 8), "router_aux_loss_coef": ("balance_weight", 0.001)},
+        "d_model": ("dim", 768),
+        "num_layers": ("layers", 12),
+        "num_heads": ("heads", 12),
+        "num_experts": ("experts", 8),
+        "router_aux_loss_coef": ("balance_weight", 0.001),
     },
     layout={**T5_LAYOUT, "experts": True},
     required={"router_bias": False, "router_dtype": "float32"},
-    activation=("dense_act_fn", "relu", {k: T5_ACTIVATIONS[k] for k in GELUS if k in T5_ACTIVATIONS}),
+    activation=(
+        "dense_act_fn",
+        "relu",
+        {k: T5_ACTIVATIONS[k] for k in GELUS if k in T5_ACTIVATIONS},
+    ),
     rules=maps.t5,
     heads={"denoising": Head("SwitchTransformersForConditionalGeneration")},
     tied=T5_TIED,
@@ -399,205 +436,3 @@ SWITCH = Family(
 
 # the first that fits is what a model is written as
 FAMILIES = (ROBERTA, BERT, ALBERT, ELECTRA, GPT2, BART, T5, SWITCH, GPT_NEOX, ESM)
-
-
-def facts(config: Any) -> dict[str, Any]:
-    """What the layouts of families speak of: values, and whether a width or a factor is special."""
-    final = config.norm == "pre" if config.final_norm is None else config.final_norm
-    return {
-        **{key: getattr(config, key) for key in ("norm", "norm_kind", "positions", "causal")},
-        **{key: getattr(config, key) for key in ("share_layers", "bias", "embedding_norm")},
-        **{"segment_types": config.segment_types, "norm_eps": config.norm_eps},
-        "tied": getattr(config, "tied", True),
-        "final_norm": final,
-        "experts": config.experts > 0,
-        "head_width": config.head_dim * config.heads != config.dim,
-        "embedding_dim": config.embedding_width != config.dim,
-        "embedding_std": maps.factor(config) != 1.0,
-    }
-
-
-def family_of(values: Mapping[str, Any], where: str) -> Family:
-    """The family that a config.json is of.
-
-    Raises:
-        ConfigError: it is none of those that can be read.
-    """
-    readable = {family.name: family for family in FAMILIES if family.imports}
-    name = values.get("model_type")
-    if name not in readable:
-        raise ConfigError(
-            f"{where}: model_type = {name!r} cannot be imported; {', '.join(sorted(readable))} can"
-        )
-    return readable[name]
-
-
-def read_config(
-    family: Family, values: Mapping[str, Any], where: str, *, pooled: bool, scaled: bool, tied: bool
-) -> dict[str, Any]:
-    """The [model] section for a config.json.
-
-    Args:
-        family: from `family_of`.
-        values: the file's content.
-        where: its path, for errors.
-        pooled: whether the checkpoint holds a pooler.
-        scaled: T5 and Switch: whether the output is divided by sqrt(dim).
-        tied: T5 and Switch: whether the output's weights are the table.
-
-    Raises:
-        ConfigError: ours cannot express a value; its key is named.
-    """
-    for key, only in family.required.items():
-        if key in values and values[key] not in (only, None):
-            raise ConfigError(f"{where}: {key} = {values[key]!r} is not supported, only {only!r}")
-    given = {key: values.get(key, default) for key, (_, default) in family.keys.items()}
-    for key, other in family.also.items():
-        if values.get(key, given[other]) != given[other]:
-            raise ConfigError(
-                f"{where}: {key} = {values[key]!r} is not supported where {other} = {given[other]}"
-            )
-    out = {ours: given[key] for key, (ours, _) in family.keys.items() if given[key] is not None}
-    key, default, known = family.activation
-    if values.get(key, default) not in known:
-        raise ConfigError(
-            f"{where}: {key} = {values[key]!r} is not supported; {', '.join(known)} are"
-        )
-    out["activation"] = known[values.get(key, default)]
-    switches = {"experts", "head_width", "embedding_dim", "embedding_std", "segment_types", "tied"}
-    out = {k: v for k, v in family.layout.items() if k not in switches} | out
-    if "segment_types" in out:
-        out["segment_types"] = max(2, out["segment_types"])  # one is given twice: see `tables`
-    if "embedding_dim" in out:
-        out = _narrow(family, out, where)
-    out["max_length"] = out.get("max_length", 512) - skipped_inside(family, values)
-    pooling = "last" if family.layout["causal"] else "bert" if pooled else "mean"
-    out |= {"name": family.model, "pooling": pooling}
-    if family.model == "encoder_decoder":
-        out["tied"] = tied
-    if family.layout["positions"] == "relative":
-        out["init_std"] = out["dim"] ** -0.5
-        out["embedding_std"] = 1.0 if tied and scaled else 0.0
-    if family is SWITCH:
-        out["expert_every"] = _expert_every(values, out, where)
-    return out
-
-
-def _narrow(family: Family, out: dict[str, Any], where: str) -> dict[str, Any]:
-    if out["embedding_dim"] != out["dim"]:
-        return out
-    if family is ALBERT:
-        raise ConfigError(
-            f"{where}: embedding_size = {out['dim']} = hidden_size is not supported: ours projects "
-            "a narrower table only"
-        )
-    return {**out, "embedding_dim": 0}
-
-
-def _expert_every(values: Mapping[str, Any], out: dict[str, Any], where: str) -> int:
-    """The step from one layer with experts to the next, which is 1 or 2 in both stacks."""
-    steps = {}
-    for side in ("encoder", "decoder"):
-        layers = out["layers"] if side == "encoder" else out.get("decoder_layers", out["layers"])
-        sparse = values.get(f"num_sparse_{side}_layers", 3)
-        steps[side] = layers // sparse if sparse else 0
-    if steps["encoder"] != steps["decoder"] or steps["encoder"] not in (1, 2):
-        raise ConfigError(
-            f"{where}: num_sparse_encoder_layers and num_sparse_decoder_layers put experts into "
-            f"every {steps['encoder']}th and {steps['decoder']}th layer; every layer or every "
-            "second one is supported, in both stacks alike"
-        )
-    return steps["encoder"]
-
-
-def skipped(family: Family, pad: int) -> int:
-    """Rows at the beginning of a table of positions that no token reads."""
-    return pad + 1 if family is ROBERTA else 2 if family is BART else 0
-
-
-def skipped_inside(family: Family, values: Mapping[str, Any]) -> int:
-    """How many of them `max_position_embeddings` counts."""
-    return skipped(family, values.get("pad_token_id", 1)) if family is ROBERTA else 0
-
-
-def chosen(config: Any, model: str, kind: str, begins: bool) -> Family:
-    """The family that a model of ours is written as.
-
-    Args:
-        config: of its encoder.
-        model: its name in the registry.
-        kind: name of its method or task.
-        begins: whether its rows begin with <s>, as RoBERTa's do.
-
-    Raises:
-        ConfigError: there is none; the nearest one's differences are named.
-    """
-    found, mine = [], facts(config) if model in ("transformer", "encoder_decoder") else {}
-    for family in FAMILIES:
-        if family.model != model or kind not in family.heads or (family is ROBERTA and not begins):
-            continue
-        lacking = [key for key, value in family.layout.items() if mine[key] != value]
-        if config.activation not in family.activation[2].values():
-            lacking.append("activation")
-        if not lacking:
-            return family
-        found.append((len(lacking), family.name, lacking))
-    if not found:
-        raise ConfigError(
-            f"a {kind} model on {model!r} has no counterpart in transformers; masked_language, "
-            "causal_language, replaced_token, denoising, classification and tagging on a "
-            "transformer can be exported"
-        )
-    _, name, lacking = min(found)
-    shown = ", ".join(f"model.{key} = {getattr(config, key, None)!r}" for key in lacking)
-    raise ConfigError(
-        f"no architecture of transformers computes this layout; {name} is nearest, but for "
-        f"{shown}. The presets bert-*, gpt2-*, bart-*, t5-* and modern-* can be exported"
-    )
-
-
-def write_config(family: Family, config: Any, size: int, pad: int) -> dict[str, Any]:
-    """The architecture's part of a config.json for one of our configurations.
-
-    Args:
-        family: from `chosen`.
-        config: of the encoder.
-        size: of the vocabulary.
-        pad: id of the padding token.
-    """
-    resolved = {
-        "attention_dropout": config.dropout
-        if config.attention_dropout is None
-        else config.attention_dropout,
-        "feedforward_dim": config.feedforward_width,
-        "embedding_dim": config.embedding_width,
-        "head_width": config.head_dim,
-        "decoder_layers": getattr(config, "decoder_layers", 0) or config.layers,
-        "segment_types": max(1, config.segment_types),
-    }
-    out: dict[str, Any] = {"model_type": family.name, "vocab_size": size}
-    for key, (ours, _) in family.keys.items():
-        out[key] = resolved.get(ours, getattr(config, ours))
-    out |= {key: out[other] for key, other in family.also.items()} | dict(family.required)
-    key, _, known = family.activation
-    out[key] = next(name for name, ours in known.items() if ours == config.activation)
-    if family is ROBERTA:
-        out["max_position_embeddings"] += skipped(family, pad)
-    if family is GPT_NEOX:
-        rope = {"rope_theta": config.rotary_base, "partial_rotary_factor": 1.0}
-        out |= {"rope_parameters": {**rope, "rope_type": "default"}, "max_position_embeddings": 2048}
-        out |= {"rotary_emb_base": config.rotary_base, "rotary_pct": 1.0}  # before version 5
-    if family is ESM:
-        out |= {"rope_theta": config.rotary_base}
-    if family.layout["positions"] == "relative":
-        divided = maps.output_is_divided(config)
-        out |= {"tie_word_embeddings": divided, "initializer_factor": 1.0}
-    if family is SWITCH:
-        out |= {"num_sparse_encoder_layers": config.layers // config.expert_every}
-        out |= {"num_sparse_decoder_layers": out["num_decoder_layers"] // config.expert_every}
-        out |= {"expert_capacity": 2**20, "router_jitter_noise": 0.0}  # as ours outside training
-    if family is GPT2:
-        out["embd_pdrop"] = out["resid_pdrop"]
-    return out
-
-

@@ -1,7 +1,7 @@
 """Where each tensor of a published architecture lies in ours, family by family.
 
 Each function gives the rules of its encoder (or encoder-decoder) for one configuration of ours;
-heads have rules of their own. Names are those of `transformers`. Templates hold `{i}` for the layer.
+heads have rules of their own. Names are those of `transformers`; `{i}` stands for the layer.
 
 Axes of every weight: (out, in), as PyTorch keeps a linear layer.
 """

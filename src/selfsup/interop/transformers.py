@@ -3,35 +3,27 @@
 Import reads config.json, safetensors and the tokenizer's files, and makes a finished run folder, so
 that every verb works on it. Export writes what `AutoModel...from_pretrained` and `AutoTokenizer`
 load without code of their own. `families.py` has the architectures, `maps.py` their weights,
-`tokenizers.py` the tokenizers; the library itself is not needed. Nothing is read with pickle.
+`configurations.py`, `checkpoints.py` and `tokenizers.py` their files; the library itself is not
+needed. Nothing is read with pickle.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from selfsup import console, registry
 from selfsup.config import from_mapping, to_mapping
 from selfsup.data import text
-from selfsup.errors import CheckpointError, ConfigError
+from selfsup.errors import ConfigError
 from selfsup.files import whole_folder, write_json
 from selfsup.interop import maps, weights
 from selfsup.interop import tokenizers as tokens
-from selfsup.interop.families import (
-    Family,
-    Head,
-    chosen,
-    family_of,
-    read_config,
-    skipped,
-    write_config,
-)
+from selfsup.interop.checkpoints import WEIGHTS, Checkpoint, fetched, read_folder
+from selfsup.interop.configurations import chosen, read_config, skipped, write_config
+from selfsup.interop.families import Family, Head
 from selfsup.model_folder import (
     Model,
     build_encoder,
@@ -42,25 +34,11 @@ from selfsup.model_folder import (
 )
 from selfsup.objective import Objective, Task
 from selfsup.run_start import write_run
-from selfsup.training.checkpoint import load_tensors, load_weights
+from selfsup.training.checkpoint import load_weights
 from selfsup.training.config import TrainingConfig
 from selfsup.training.folder import RunFolder
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 UNLIMITED = 512  # longest row, where positions set no limit
-
-
-class Checkpoint(NamedTuple):
-    """A folder of `transformers`, read: its tensors have the names of a model with a head."""
-
-    family: Family
-    values: dict[str, Any]  # of config.json
-    tensors: dict[str, Tensor]
-    where: str  # the weights' path, for errors
-    tied: bool  # the output's weights are the token table
 
 
 def import_run(source: str | Path, out: str | Path) -> Path:
@@ -78,8 +56,8 @@ def import_run(source: str | Path, out: str | Path) -> Path:
         CheckpointError: the weights are damaged, or are not those of config.json.
         DataError: the tokenizer cannot be read.
     """
-    path = Path(source) if Path(source).is_dir() else _fetched(str(source))
-    found = _read_folder(path)
+    path = Path(source) if Path(source).is_dir() else fetched(str(source))
+    found = read_folder(path)
     tokenizer = tokens.load(path, found.values)
     objective, sections = _objective(found, tokenizer)
     preprocessor = text.TextPreprocessor(tokenizer, sections["data"]["row_length"])
@@ -151,105 +129,6 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     return path
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a model of the Hugging Face Hub, from its cache or the network."""
-    if not HUB_NAME.fullmatch(name):
-        raise ConfigError(f"{name}: there is no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ConfigError(
-            f"{name}: there is no such folder, and fetching it from the Hugging Face Hub needs "
-            "huggingface_hub: pip install 'selfsup[hub]'"
-        ) from None
-    wanted = ["*.json", "*.safetensors", "vocab.txt", "merges.txt", *tokens.PIECES]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # of the network, the Hub, the cache: many kinds
-        reason = str(error).strip().splitlines()
-        raise ConfigError(
-            f"{name}: there is no such folder, and the Hugging Face Hub did not give it "
-            f"({reason[0] if reason else type(error).__name__}). Offline, fetch it elsewhere and "
-            "give the folder with config.json, model.safetensors and the tokenizer"
-        ) from error
-
-
-def _read_folder(path: Path) -> Checkpoint:
-    where = path / "config.json"
-    try:
-        values = json.loads(where.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{where}: not a JSON file ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: must hold an object")
-    family = family_of(values, str(where))
-    tensors, file = _read_tensors(path)
-    tensors = _named(family, tensors)
-    tied = _drop_repeated(family, tensors, str(file))
-    return Checkpoint(family, values, tensors, str(file), tied)
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """All tensors of a folder, and the file that errors name."""
-    if (path / WEIGHTS).is_file():
-        return load_tensors(path / WEIGHTS), path / WEIGHTS
-    if (path / INDEX).is_file():
-        try:
-            names = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path / INDEX}: not an index of shards ({error!r})") from error
-        out: dict[str, Tensor] = {}
-        for name in sorted(names):
-            if Path(name).name != name or not (path / name).is_file():
-                raise CheckpointError(f"{path / INDEX}: the shard {name} is missing")
-            out |= load_tensors(path / name)
-        return out, path / INDEX
-    pickled = [file.name for pattern in PICKLED for file in sorted(path.glob(pattern))]
-    if pickled:
-        raise ConfigError(
-            f"{path / pickled[0]}: a file of this kind can run code as it is read, so only "
-            "safetensors are. Where you trust it, convert it with transformers: "
-            f"AutoModel.from_pretrained({str(path)!r}).save_pretrained(FOLDER), with the class that "
-            'config.json names under "architectures"'
-        )
-    raise ConfigError(f"{path}: there is neither {WEIGHTS} nor {INDEX}")
-
-
-def _named(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, named as in a model with a head; those that hold no numbers left out."""
-    old = {".gamma": ".weight", ".beta": ".bias"}  # of normalisations, before 2019
-    renamed = {
-        name.removesuffix(end) + old[end] if (end := name[name.rfind(".") :]) in old else name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(family.dropped or ("\0",))
-    }
-    if any(name.startswith(family.prefix) for name in renamed):
-        return renamed
-    return {family.prefix + name: tensor for name, tensor in renamed.items()}
-
-
-def _drop_repeated(family: Family, tensors: dict[str, Tensor], where: str) -> bool:
-    """Takes out tensors that repeat others; whether the output's weights do."""
-    for name, other in family.tied.items():
-        repeated = tensors.pop(name, None)
-        if repeated is None:
-            continue
-        if other not in tensors:
-            tensors[other] = repeated
-        elif not torch.equal(tensors[other], repeated):
-            raise CheckpointError(f"{where}: {name} differs from {other}; only tied ones are read")
-    zeros = tensors.pop("final_logits_bias", None)
-    if zeros is not None and zeros.any():
-        raise CheckpointError(f"{where}: final_logits_bias is not zero; ours has no place for it")
-    if "lm_head.weight" in tensors and "shared.weight" in tensors:
-        if not torch.equal(tensors["lm_head.weight"], tensors["shared.weight"]):
-            return False
-        del tensors["lm_head.weight"]
-    return True
-
-
 def _objective(found: Checkpoint, tokenizer: Any) -> tuple[Objective, dict[str, Any]]:
     """The method (or task) with the checkpoint's weights, and the sections of its config.toml."""
     family, values, tensors = found.family, found.values, found.tensors
@@ -258,15 +137,15 @@ def _objective(found: Checkpoint, tokenizer: Any) -> tuple[Objective, dict[str, 
     has = {name: _any(getattr(head, name), tensors) for name in ("rules", "sentence")}
     pooled = bool(family.pooler) and f"{family.pooler}.weight" in tensors
     model = read_config(
-        *(family, values, _config_path(found)),
+        *(family, values, found.config),
         pooled=pooled,
-        scaled=_scaled(family, values),
+        scaled=found.scaled,
         tied=found.tied,
     )
     sections = _sections(found, kind, model, tokenizer, has["sentence"])
     module = registry.module_of(registry.MODELS, "model", model["name"])
     config = from_mapping(
-        module.Config, {k: v for k, v in model.items() if k != "name"}, _config_path(found)
+        module.Config, {k: v for k, v in model.items() if k != "name"}, found.config
     )
     objective = _built(kind, sections, config, tokenizer)
     rules = family.rules(config, skipped(family, values.get("pad_token_id", 1)), family.prefix)
@@ -316,16 +195,6 @@ def _fresh(objective: Objective, head: Head, has: Mapping[str, bool]) -> list[st
     return out
 
 
-def _scaled(family: Family, values: Mapping[str, Any]) -> bool:
-    """Whether the output of T5 or Switch is divided by sqrt(dim)."""
-    tied = values.get("tie_word_embeddings", True) is not False
-    return bool(values.get("scale_decoder_outputs", tied)) if family.name == "t5" else tied
-
-
-def _config_path(found: Checkpoint) -> str:
-    return str(Path(found.where).with_name("config.json"))
-
-
 def _sections(
     found: Checkpoint, kind: str, model: dict[str, Any], tokenizer: Any, sentence: bool
 ) -> dict[str, Any]:
@@ -343,7 +212,7 @@ def _sections(
         first = found.values.get("decoder_start_token_id", vocabulary.pad)
         if first not in ids:
             raise ConfigError(
-                f"{_config_path(found)}: decoder_start_token_id = {first!r} is not supported; the "
+                f"{found.config}: decoder_start_token_id = {first!r} is not supported; the "
                 "tokenizer's padding, beginning or end is"
             )
         model["start"] = ids[first]
@@ -378,7 +247,9 @@ def _check_vocabulary(size: int, tokenizer: Any, where: str) -> None:
             "together"
         )
     if known < size:
-        console.say(f"{size - known} of {size} rows of the token table belong to no token: left out")
+        console.say(
+            f"{size - known} of {size} rows of the token table belong to no token: left out"
+        )
 
 
 def _check_head(family: Family, section: Mapping[str, Any], config: Any) -> None:

@@ -32,7 +32,7 @@ def write_cleaning(summary: dict[str, Any], about: dict[str, str], out: Path) ->
         "lines kept": rounded(kept["lines"]),
         "characters kept": rounded(kept["characters"]),
     }
-    active = {rule: found for rule, found in summary["dropped"].items() if found["characters"]}
+    active = {rule: found for rule, found in summary["dropped"].items() if any(found.values())}
     body = (
         f'<header><p class="eyebrow">selfsup prep clean</p><h1>{headline}</h1>'
         f'<p class="conclusion">{first}.</p>{tiles(numbers)}</header>'

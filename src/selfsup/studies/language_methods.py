@@ -77,11 +77,10 @@ def run(
         not been run yet are left out.
     """
     values = plan()
-    for name in only or values["methods"]:
-        if name not in values["methods"]:
-            raise ConfigError(
-                f"no method {name!r} in {FILE.name}{nearest(name, values['methods'])}"
-            )
+    known = values["methods"]
+    for name in only or known:
+        if name not in known:
+            raise ConfigError(f"no method {name!r} in {FILE.name}{nearest(name, known)}")
         _pretrain(values, name, out / name, minutes)
         for task in values["tasks"]:
             for tuning in values["tuning"]:

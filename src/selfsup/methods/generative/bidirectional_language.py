@@ -13,7 +13,9 @@ Deviations from the paper:
   sampled ones.
 - Nothing is predicted across the border of two documents; there, of two sentences.
 
-Reference result: none recorded yet; the recipe elmo-mini-english names what was measured.
+Reference result: none is recorded yet. Film reviews in the recipe elmo-mini-english with
+training.steps=250 (256,000 tokens, about three minutes of one core): 5.71 nats a token held out,
+5.78 forwards and 5.64 backwards; knowing only how often each token occurs gives 6.52.
 """
 
 from dataclasses import dataclass
