@@ -10,10 +10,16 @@ import os
 import shlex
 import time
 
-from benchmarks import pictures, speech, text
+from benchmarks import memory, pictures, speech, text, writing
 from benchmarks.timing import NotMeasuredError
 
-GROUPS = {"text": text.BENCHMARKS, "pictures": pictures.BENCHMARKS, "speech": speech.BENCHMARKS}
+GROUPS = {
+    "text": text.BENCHMARKS,
+    "writing": writing.BENCHMARKS,
+    "memory": memory.BENCHMARKS,
+    "pictures": pictures.BENCHMARKS,
+    "speech": speech.BENCHMARKS,
+}
 BENCHMARKS = {name: measure for group in GROUPS.values() for name, measure in group.items()}
 
 
@@ -36,7 +42,7 @@ def main() -> None:
         except NotMeasuredError as error:
             print(f"{name}: not measured ({error})", flush=True)
             continue
-        scores[name] = {"selfsup": ours, "peer": peer, "ratio": ours / peer}
+        scores[name] = {"selfsup": ours, "peer": peer, "ratio": ours / peer, "unit": unit}
         print(f"{name:<34} {ours:>12,.0f} {peer:>12,.0f} {ours / peer:>6.2f}x   {unit}", flush=True)
     if options.record:
         from selfsup import results

@@ -8,7 +8,8 @@ import pytest
 
 import selfsup
 
-NAMES = ["Model", "compare", "evaluate", "finetune", "load", "pretrain", "prompt", "report"]
+NAMES = ["Model", "compare", "evaluate", "export", "finetune", "import_", "load", "pretrain"]
+NAMES += ["prompt", "report"]
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "tokenizers", "pyarrow", "matplotlib", "rich"}
 # Runs a command line and tells on the last line of the standard error what it imported.
 WATCHED = f"""

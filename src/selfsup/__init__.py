@@ -13,10 +13,31 @@ The command line, `selfsup --help`, has the same verbs.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from selfsup.api import compare, evaluate, finetune, load, pretrain, prompt, report
+    from selfsup.api import (
+        compare,
+        evaluate,
+        export,
+        finetune,
+        import_,
+        load,
+        pretrain,
+        prompt,
+        report,
+    )
     from selfsup.model_folder import Model
 
-__all__ = ["Model", "compare", "evaluate", "finetune", "load", "pretrain", "prompt", "report"]
+__all__ = [
+    "Model",
+    "compare",
+    "evaluate",
+    "export",
+    "finetune",
+    "import_",
+    "load",
+    "pretrain",
+    "prompt",
+    "report",
+]
 
 
 def __getattr__(name: str) -> Any:

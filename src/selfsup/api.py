@@ -174,7 +174,7 @@ def finetune(
 
     Args:
         run: a pre-trained run folder.
-        task: classification, tagging, regression or span_qa.
+        task: classification, tagging, regression, span_qa or generation.
         data: labelled training file.
         out: the run folder to make.
         valid: labelled validation file; its metric is followed while training.
@@ -334,7 +334,7 @@ def compare(
 
     Args:
         run: a pre-trained run.
-        task: classification, tagging, regression or span_qa.
+        task: classification, tagging, regression, span_qa or generation.
         data: labelled training file.
         valid: labelled validation file that chooses learning rates; by default split off `data`.
         test: labelled test file; by default split off `data`.

@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan_verb(parsers)
     _add_study_verb(parsers)
     _add_preparing_verbs(parsers)
+    _add_interop_verbs(parsers)
     return parser
 
 
@@ -113,12 +114,18 @@ def _add_training_verbs(parsers: Any) -> None:
         "adapt a pre-trained run to a task with labels",
         "  selfsup finetune runs/mine --task classification --data reviews.csv --out runs/reviews\n"
         "  selfsup finetune runs/mine --task tagging --data train.conllu --valid dev.conllu \\\n"
-        "      --tuning probe --out runs/tags --set training.lr=1e-3",
+        "      --tuning probe --out runs/tags --set training.lr=1e-3\n"
+        "  selfsup finetune runs/bart --task generation --data train.en.gz:train.de.gz \\\n"
+        "      --out runs/en-de --set task.num_beams=4",
     )
     p.add_argument("model", help="a pre-trained run folder")
-    p.add_argument("--task", required=True, help="classification, tagging, regression, span_qa")
     p.add_argument(
-        "--data", required=True, help="labelled file: csv, tsv, jsonl, conllu, SQuAD json"
+        "--task", required=True, help="classification, tagging, regression, span_qa, generation"
+    )
+    p.add_argument(
+        "--data",
+        required=True,
+        help="labelled file: csv, tsv, jsonl, conllu, SQuAD json; lines of text: SOURCES:TARGETS",
     )
     p.add_argument("--valid", help="labelled file that is followed while training")
     p.add_argument("--out", required=True, help="the run folder to make")
@@ -140,7 +147,9 @@ def _add_training_verbs(parsers: Any) -> None:
         "      --test test.conllu --labels 50 300 2000 --seeds 0 1 2 3 4",
     )
     p.add_argument("model", help="a pre-trained run folder")
-    p.add_argument("--task", required=True, help="classification, tagging, regression, span_qa")
+    p.add_argument(
+        "--task", required=True, help="classification, tagging, regression, span_qa, generation"
+    )
     p.add_argument("--data", required=True, help="labelled file that subsets are drawn from")
     p.add_argument("--valid", help="labelled file that chooses learning rates (default: split off)")
     p.add_argument("--test", help="labelled file that is scored (default: split off)")

@@ -287,3 +287,40 @@ def test_bad_configurations():
         TokenizerConfig(vocab_size=2)
     with pytest.raises(ConfigError, match="train_chars"):
         TokenizerConfig(train_chars=0)
+
+
+@pytest.mark.parametrize("style", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentinels_are_special_and_ends_of_sentences_are_known(kind, style):
+    tokenizer = trained(kind, style, sentinels=3)
+    vocabulary = tokenizer.vocabulary
+    names = [tokenizer.token(i) for i in vocabulary.sentinels]
+    assert names == ["<extra_id_0>", "<extra_id_1>", "<extra_id_2>"]
+    assert set(vocabulary.sentinels) <= set(vocabulary.special)
+    assert all(vocabulary.spellings[i] == b"" for i in vocabulary.sentinels)
+    assert not set(vocabulary.sentinels) & set(vocabulary.continues)
+    forged = tokenizer.encode(["<extra_id_1>"], parse_special=False)[0]
+    assert not set(forged.tolist()) & set(vocabulary.sentinels)
+    ends = {vocabulary.spellings[i].decode() for i in vocabulary.sentence_ends}
+    assert "." in ends
+    assert ends <= set(".?!。！？")
+    assert trained(kind, style).vocabulary.sentinels == ()
+
+
+def test_published_sentinels_are_found_in_the_order_of_their_numbers(tmp_path):
+    import tokenizers
+    from tokenizers import models
+
+    pieces = ["<pad>", "</s>", "<unk>", "a", "<extra_id_2>", "<extra_id_1>", "<extra_id_0>"]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    given = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    given.save(str(tmp_path / "tokenizer.json"))
+    vocabulary = Tokenizer.load(tmp_path).vocabulary
+    assert vocabulary.sentinels == (6, 5, 4)
+    assert vocabulary.special == (0, 1, 2, 4, 5, 6)
+
+
+@pytest.mark.parametrize("sentinels", [-1, 9])
+def test_sentinels_leave_room_for_text(sentinels):
+    with pytest.raises(ConfigError, match="sentinels"):
+        TokenizerConfig(vocab_size=16, sentinels=sentinels)

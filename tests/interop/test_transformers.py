@@ -1,42 +1,23 @@
 """Checkpoints in and out, held against `transformers` number for number."""
 
+import json
 from pathlib import Path
 
 import pytest
 import tokenizers as library
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import selfsup
+from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.interop.transformers import export_run, import_run
 from selfsup.models.attention import Cache
 from selfsup.randomness import isolated, torch_generator
 
-WORDS = tuple(
-    [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "a",
-        "mat",
-        "and",
-        "it",
-        "was",
-        "un",
-        "##happy",
-        "##ness",
-        "dog",
-        "世",
-        "界",
-        "😀",
-        ",",
-        ".",
-        "!",
-    ]
-)
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "un", "##happy", "##ness", "dog"]
+WORDS += ["世", "界", "😀", ",", ".", "!"]
 BERT_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 TEXTS = ["The cat, un-happiness!", "unhappy 世界 on the mat.", "😀 a dog 😀", "été"]
 SIZE = 61
@@ -297,3 +278,271 @@ def test_decoders_compute_the_same_in_and_out(tmp_path, case):
     again = getattr(transformers, DECODERS[case][0]).from_pretrained(exported).eval()
     close(again(**given, labels=target).logits, expected.logits)
     assert_same_weights(run, import_run(exported, tmp_path / "twice"))
+
+
+LAYOUT = {"dim": 32, "layers": 2, "heads": 4, "dropout": 0.0, "embedding_std": 1.0}
+LAYOUT |= {"init_std": 0.17, "rotary_base": 100.0}
+CAUSAL = {"causal": True, "pooling": "last"}
+
+
+def run_of(folder: Path, method: dict, model: dict, write_tokenizer=write_wordpiece_size) -> Path:
+    """A run of ours with random weights, as `selfsup pretrain` would leave it."""
+    from selfsup.data.text import TextPreprocessor
+    from selfsup.interop import tokenizers
+    from selfsup.methods.generative import causal_language, masked_language
+    from selfsup.model_folder import build_encoder, build_objective, save_model
+    from selfsup.models import transformer
+
+    (folder / "pieces").mkdir(parents=True)
+    write_tokenizer(folder / "pieces")
+    tokenizer = tokenizers.load(folder / "pieces", {})
+    config = transformer.Config(**model)
+    encoder = build_encoder("transformer", config, tokenizer.vocabulary, 0)
+    module = {"masked_language": masked_language, "causal_language": causal_language}
+    given = module[method["name"]].Config(**{k: v for k, v in method.items() if k != "name"})
+    built = build_objective("methods", method["name"], given, encoder, tokenizer.vocabulary, 0)
+    sections = {"data": {"name": "text"}, "model": {"name": "transformer", **model}}
+    preprocessor = TextPreprocessor(tokenizer, 24)
+    save_model(folder / "model", randomised(built), {**sections, "method": method}, preprocessor)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "write_tokenizer", "name"),
+    [
+        ("masked_language", {}, write_wordpiece_size, "EsmForMaskedLM"),
+        (
+            "causal_language",
+            {"causal": True, "pooling": "last"},
+            write_gpt2_bpe,
+            "GPTNeoXForCausalLM",
+        ),
+    ],
+)
+def test_rotary_layouts_leave_as_architectures_that_compute_the_same(
+    tmp_path, method, more, write_tokenizer, name
+):
+    import transformers
+
+    run = run_of(tmp_path / "run", {"name": method}, LAYOUT | more, write_tokenizer)
+    exported = export_run(run, tmp_path / "out")
+    auto = transformers.AutoModelForMaskedLM if not more else transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(exported).eval()
+    assert type(theirs).__name__ == name
+    ours = selfsup.load(run, device="cpu").objective
+    batch = batch_of(theirs.config.vocab_size)
+    expected, got, real = theirs_of(theirs, batch), ours.encoder(batch), batch["mask"]
+    for hidden, other in zip(got.hidden, expected.hidden_states, strict=True):
+        close(hidden[real], other[real])
+    close(logits_of(ours, batch)[real], expected.logits[real])
+
+
+def test_a_table_of_segments_that_ours_lacks_is_written_as_zeros(tmp_path):
+    import transformers
+
+    model = {**LAYOUT, "norm": "post", "positions": "learned", "embedding_norm": True}
+    model |= {"embedding_std": 0.0, "max_length": 24, "segment_types": 0}
+    run = run_of(tmp_path / "run", {"name": "masked_language"}, model)
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(export_run(run, tmp_path / "out"))
+    batch = batch_of(SIZE)
+    got = logits_of(selfsup.load(run, device="cpu").objective, batch)
+    close(got[batch["mask"]], theirs_of(theirs.eval(), batch).logits[batch["mask"]])
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "word"),
+    [
+        ({"name": "masked_language", "head": "tied"}, {}, "method.head = 'tied'"),
+        ({"name": "masked_language"}, {"activation": "swiglu"}, "model.activation = 'swiglu'"),
+        ({"name": "masked_language"}, {"norm": "post"}, "model.norm = 'post'"),
+        ({"name": "masked_language"}, {"positions": "none"}, "model.positions = 'none'"),
+    ],
+)
+def test_layouts_without_a_counterpart_are_refused_by_their_key(tmp_path, method, more, word):
+    run = run_of(tmp_path / "run", method, LAYOUT | more)
+    with pytest.raises(ConfigError, match=word):
+        export_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["bert", "roberta", "gpt2"])
+def test_tokenizers_give_the_ids_of_auto_tokenizer(tmp_path, case):
+    import transformers
+
+    checkpoint(tmp_path / "given", case)
+    run = import_run(tmp_path / "given", tmp_path / "run")
+    exported = export_run(run, tmp_path / "exported")
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    model = selfsup.load(run, device="cpu")
+    ours = model.preprocessor.tokenizer
+    for text in TEXTS:
+        assert ours.row(ours.encode([text])[0])[0].tolist() == theirs(text)["input_ids"]
+    if case == "bert":
+        first, second = ours.encode(["the cat", "a dog"])
+        tokens, segments = ours.row(first, second)
+        pair = theirs("the cat", "a dog")
+        assert pair["input_ids"] == tokens.tolist()
+        assert pair["token_type_ids"] == segments.tolist()
+        given = transformers.BertTokenizer(str(tmp_path / "given" / "vocab.txt"))
+        assert [given(text)["input_ids"] for text in TEXTS] == [
+            theirs(text)["input_ids"] for text in TEXTS
+        ]
+    assert theirs.model_max_length == 24
+    ((_, batch),) = model.preprocessor.batches(TEXTS[:1], 1)
+    assert theirs(TEXTS[:1], return_tensors="pt")["input_ids"].equal(batch["tokens"])
+
+
+def test_byte_bpe_from_vocabulary_and_merges(tmp_path):
+    wrapped = byte_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    wrapped.model.save(str(tmp_path))
+    from selfsup.interop import tokenizers
+
+    tokenizer = tokenizers.load(tmp_path, {})
+    for text in TEXTS:
+        assert tokenizer.encode([text])[0].tolist() == wrapped.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode([TEXTS[2]])[0]) == TEXTS[2]
+    known = tokenizer.vocabulary
+    assert (known.cls, known.pad, known.sep, known.unk, known.mask) == (0, 1, 2, 3, 4)
+
+
+def damaged(folder: Path, change) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def keys(folder: Path, **values) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+LAYER = "bert.encoder.layer.1.output.dense.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "word"),
+    [
+        (lambda f: damaged(f, lambda t: t.pop(LAYER)), CheckpointError, LAYER),
+        (lambda f: damaged(f, lambda t: t.update(more=torch.zeros(2))), CheckpointError, "more"),
+        (
+            lambda f: damaged(f, lambda t: t.update({LAYER: torch.zeros(7)})),
+            CheckpointError,
+            r"does not fit encoder.layers.1.feedforward.down.bias",
+        ),
+        (
+            lambda f: damaged(
+                f, lambda t: t.update({"cls.predictions.decoder.bias": torch.ones(SIZE)})
+            ),
+            CheckpointError,
+            "differs from cls.predictions.bias",
+        ),
+        (lambda f: keys(f, position_embedding_type="relative_key"), ConfigError, "relative_key"),
+        (lambda f: keys(f, hidden_act="silu"), ConfigError, "hidden_act = 'silu'"),
+        (lambda f: keys(f, model_type="mamba"), ConfigError, "model_type = 'mamba'"),
+        (lambda f: keys(f, num_hidden_layers=4), CheckpointError, "layer.3"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"damaged"),
+            CheckpointError,
+            "damaged or not a safetensors file",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            ConfigError,
+            "can run code",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), ConfigError, "neither model.safetensors"),
+        (lambda f: (f / "vocab.txt").unlink(), ConfigError, "no tokenizer"),
+        (lambda f: (f / "vocab.txt").write_text("a\nb\n"), DataError, r"\[PAD\]"),
+        (lambda f: write_wordpiece(f, SIZE + 3), ConfigError, "do not belong together"),
+        (lambda f: (f / "config.json").write_text("{"), ConfigError, "not a JSON file"),
+    ],
+)
+def test_bad_checkpoints_are_refused_by_name(tmp_path, change, error, word):
+    checkpoint(tmp_path / "given", "bert")
+    change(tmp_path / "given")
+    with pytest.raises(error, match=word):
+        import_run(tmp_path / "given", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpt2_with_another_scale_is_refused(tmp_path):
+    checkpoint(tmp_path / "given", "gpt2-base")
+    keys(tmp_path / "given", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ConfigError, match="scale_attn_by_inverse_layer_idx = True"):
+        import_run(tmp_path / "given", tmp_path / "run")
+
+
+def test_shards_and_old_names_read_like_one_file(tmp_path):
+    checkpoint(tmp_path / "given", "bert")
+    whole = import_run(tmp_path / "given", tmp_path / "whole")
+    tensors = load_file(tmp_path / "given" / "model.safetensors")
+    tensors = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor
+        for name, tensor in tensors.items()
+    }
+    tensors["bert.embeddings.position_ids"] = torch.arange(24).unsqueeze(0)
+    (tmp_path / "given" / "model.safetensors").unlink()
+    parts = {"one.safetensors": sorted(tensors)[::2], "two.safetensors": sorted(tensors)[1::2]}
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, tmp_path / "given" / file)
+    index = {name: file for file, names in parts.items() for name in names}
+    path = tmp_path / "given" / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    assert_same_weights(whole, import_run(tmp_path / "given", tmp_path / "shards"))
+    (tmp_path / "given" / "two.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"two\.safetensors is missing"):
+        import_run(tmp_path / "given", tmp_path / "lost")
+
+
+def test_rows_of_the_table_that_no_token_has_are_left_out(tmp_path, capsys):
+    checkpoint(tmp_path / "given", "bert")
+    write_wordpiece(tmp_path / "given", SIZE - 4)
+    run = import_run(tmp_path / "given", tmp_path / "run")
+    assert "4 of 61 rows" in capsys.readouterr().err
+    table = load_file(tmp_path / "given" / "model.safetensors")
+    got = selfsup.load(run, device="cpu").objective
+    words = table["bert.embeddings.word_embeddings.weight"][: SIZE - 4]
+    assert torch.equal(got.encoder.embedding.tokens.weight, words)
+    assert torch.equal(got.head.bias, table["cls.predictions.bias"][: SIZE - 4])
+
+
+def test_an_imported_run_works_with_the_other_verbs(tmp_path, capsys):
+    checkpoint(tmp_path / "given", "bert-base")
+    run = selfsup.import_(tmp_path / "given", tmp_path / "run")
+    assert "no weights for head of masked_language" in capsys.readouterr().err
+    model = selfsup.load(run, device="cpu")
+    assert model.embed(["the cat", "a dog sat"]).shape == (2, 32)
+    assert len(model.fill("the [MASK] sat", top=3)[0]) == 3
+    rows = [f"the cat {i},good\na dog {i},bad\n" for i in range(6)]
+    (tmp_path / "toy.csv").write_text("text,label\n" + "".join(rows))
+    settings = {"training.steps": 3, "task.pooling": "encoder"}
+    fine = selfsup.finetune(
+        run, "classification", tmp_path / "toy.csv", tmp_path / "fine", settings=settings
+    )
+    assert len(selfsup.load(fine).predict(["the cat"])) == 1
+    import transformers
+
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        selfsup.export(fine, tmp_path / "out")
+    )
+    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    assert selfsup.report([run]).is_file()
+    with pytest.raises(ConfigError, match="known: transformers"):
+        selfsup.export(run, tmp_path / "other", to="onnx")
+    with pytest.raises(ConfigError, match="exists already"):
+        selfsup.export(run, tmp_path / "out")
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        import_run(tmp_path / "nothing here", tmp_path / "run")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def refused(name, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(ConfigError, match=r"did not give it \(offline\)"):
+        import_run("some/model", tmp_path / "run")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from selfsup.batch import Vocabulary
+from selfsup.config import from_mapping, preset_values
 from selfsup.errors import ConfigError
 from selfsup.models.attention import Cache, distance_bucket
 from selfsup.models.encoder_decoder import Config, EncoderDecoder
@@ -155,3 +156,22 @@ def test_buckets_equal_the_papers_rule(causal: bool, buckets: int, reach: int) -
             growth = math.log(away / exact) / math.log(reach / exact)
             expected = min(half - 1, exact + int(growth * (half - exact) + 1e-9))
         assert bucket == expected + (0 if causal or distance <= 0 else half), distance
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "millions"),
+    [
+        ("t5-small", 32_128, 60.5),
+        ("t5-base", 32_128, 223),
+        ("t5-large", 32_128, 738),
+        ("t5-3b", 32_128, 2_850),
+        ("t5-11b", 32_128, 11_300),
+        ("bart-base", 50_265, 139),
+        ("bart-large", 50_265, 406),
+    ],
+)
+def test_published_layouts_have_the_published_sizes(name: str, vocabulary: int, millions: float):
+    config = from_mapping(Config, preset_values("encoder_decoder", name), "model")
+    with torch.device("meta"):
+        model = EncoderDecoder(config, Vocabulary(size=vocabulary, pad=0, sep=1))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e6 * millions, rel=0.02)

@@ -39,7 +39,7 @@ def test_arms_are_run_once_and_collected(
         (out / "model").mkdir(parents=True)
 
     def compare(run: Path, task: str, data: str, *, out: Path, **settings) -> None:
-        calls.append(("compare", run.name, out.name, settings["tuning"]))
+        calls.append(("compare", run.name, out.name, settings["tuning"], settings["controls"]))
         arms = {"pretrained": {"300": [0.5, 0.6]}, "scratch": {"300": [0.4, 0.5]}}
         out.write_text(json.dumps({"arms": arms}))
 
@@ -47,7 +47,7 @@ def test_arms_are_run_once_and_collected(
     monkeypatch.setattr(api, "compare", compare)
     found = study.run(tmp_path, only=["mlm"], minutes=1.0, seeds=(0, 1))
     assert len(calls) == 1 + 4 * 2
-    assert ("compare", "mlm", "compare-rte-probe.json", "probe") in calls
+    assert ("compare", "mlm", "compare-rte-probe.json", "probe", True) in calls
     assert found["scores"]["mlm"]["sst2"]["full"]["pretrained"] == [0.5, 0.6]
     study.run(tmp_path, only=["mlm"])
     assert len(calls) == 9, "nothing is done twice"

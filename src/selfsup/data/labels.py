@@ -29,7 +29,7 @@ class Labelled:
     ['bad']
 
     Attributes:
-        task: classification, regression, tagging or span_qa.
+        task: classification, regression, tagging, span_qa or generation.
         items: what the kind of data reads: texts, (text, text) pairs, for tagging lists of words,
             paths of pictures or sounds, table rows, windows.
         labels: class names, or for regression finite floats, or for tagging lists of tag names, or

@@ -202,18 +202,21 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """One row of a model's input.
 
-        Style bert gives [CLS] a [SEP], and b [SEP] after it; style gpt gives a, or a, the end token
-        and b: there is nothing at the end, so a model can write on. What is longer than
-        `max_length` loses tokens at the end of the longer of the two.
+        Style bert gives [CLS] a [SEP], and b [SEP] after it; RoBERTa's has two separators between
+        them, and T5's no [CLS]. Style gpt gives a, or a, the end token and b: there is nothing at
+        the end, so a model can write on. What is longer than `max_length` loses tokens at the end
+        of the longer of the two.
 
         Returns:
             (tokens, segments), both (length,) int32; segments are 0 up to the separator after a,
             then 1.
         """
         cls, sep = ([self.vocabulary.cls], [self.vocabulary.sep])
-        ends = sep if self.style == "bert" else []
         first = cls if self.style == "bert" else []
-        between = [] if b is None else sep if self.style == "gpt" else []
+        of_t5 = self.style == "gpt" and bool(self.vocabulary.sentinels)
+        of_roberta = self.style == "bert" and self.token(self.vocabulary.sep) == "</s>"
+        ends = sep if self.style == "bert" or of_t5 else []
+        between = sep if b is not None and (not ends or of_roberta) else []
         if max_length is not None:
             num_special = len(first) + len(between) + len(ends) * (1 if b is None else 2)
             a, b = _truncated(a, b, max(0, max_length - num_special))

@@ -47,6 +47,8 @@ class Settings:
         tuning: a name of `registry.TUNINGS`, for both arms.
         max_length: longest item (a text in tokens); None: what this kind of data usually takes.
         jobs: processes that train side by side, one thread each; 1: this process, all threads.
+        controls: also train from scratch and fit the classical baseline; False: a study that has
+            them already measures the pre-trained network alone.
     """
 
     task: str
@@ -57,6 +59,12 @@ class Settings:
     tuning: str = "full"
     max_length: int | None = None
     jobs: int = 1
+    controls: bool = True
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that are trained."""
+        return ARMS if self.controls else ARMS[:1]
 
     def __post_init__(self) -> None:
         if not self.label_counts or not self.seeds or not self.lrs:
@@ -147,15 +155,18 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
         )
     first, *others = settings.seeds
     classical = [
-        Cell("baseline", count, seed) for count in settings.label_counts for seed in settings.seeds
+        Cell("baseline", count, seed)
+        for count in settings.label_counts
+        for seed in settings.seeds
+        if settings.controls
     ]
     sweep = [
         Cell(arm, count, first, lr)
         for count in settings.label_counts
-        for arm in ARMS
+        for arm in settings.arms
         for lr in settings.lrs
     ]
-    num_rest = len(ARMS) * len(settings.label_counts) * len(others) + len(classical)
+    num_rest = len(settings.arms) * len(settings.label_counts) * len(others) + len(classical)
     with (
         _workers(run, labels, settings) as workers,
         console.progress("comparing", len(sweep) + num_rest) as bar,
@@ -165,17 +176,18 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
         rest = [
             Cell(arm, count, seed, best[arm, count].cell.lr)
             for count in settings.label_counts
-            for arm in ARMS
+            for arm in settings.arms
             for seed in others
         ]
         results = [*best.values(), *_collect(workers, rest + classical, bar)]
+    arms = (*settings.arms, "baseline") if settings.controls else settings.arms
     return {
         "task": settings.task,
         "metric": registry.resolve(registry.TASKS, "task", settings.task).metric,
         "test_size": len(labels.test),
         "unit": "sentences" if settings.task == "tagging" else "examples",
         "label_counts": list(settings.label_counts),
-        "arms": {arm: _scores(results, arm, settings) for arm in (*ARMS, "baseline")},
+        "arms": {arm: _scores(results, arm, settings) for arm in arms},
         "seconds": round(time.monotonic() - started, 1),
         "seeds": list(settings.seeds),
         "tuning": settings.tuning,
@@ -184,7 +196,8 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
             for n in settings.label_counts
         },
         "learning_rates": {
-            arm: {str(n): best[arm, n].cell.lr for n in settings.label_counts} for arm in ARMS
+            arm: {str(n): best[arm, n].cell.lr for n in settings.label_counts}
+            for arm in settings.arms
         },
         "sweep": [{**vars(r.cell), "valid": r.valid} for r in swept],
         "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place) if r.curve],

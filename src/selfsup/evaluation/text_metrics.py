@@ -11,6 +11,7 @@ as many written ones, and gives 1 where all is right: what papers print, divided
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from selfsup.data.tokenizer import CJK
 
@@ -59,7 +60,7 @@ def chrf(truth: References, written: Sequence[str]) -> float:
     return corpus_chrf(list(written), _streams(_lists(truth, written))).score / 100
 
 
-def _streams(references: list[list[str]]) -> list[list[str | None]]:
+def _streams(references: list[list[str]]) -> list[Any]:
     """First, second, ... right text of all, as sacrebleu wants them; None where there is none."""
     most = max(map(len, references))
     return [[right[i] if i < len(right) else None for right in references] for i in range(most)]

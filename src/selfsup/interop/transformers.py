@@ -267,7 +267,7 @@ def _check_head(family: Family, section: Mapping[str, Any], config: Any) -> None
     if key and section.get(key, wanted if name == "method.head" else "mean") != wanted:
         raise ConfigError(
             f"{name} = {section.get(key, 'mean')!r} has no counterpart in {family.name} of "
-            f"transformers, which needs {wanted!r}"
+            f"transformers, which needs {wanted!r}: train with --set {name}={wanted}"
         )
     if section["name"] == "classification" and config.pooling != "bert":
         raise ConfigError(

@@ -23,11 +23,13 @@ class Cache:
     """Keys and values of what a causal stack has read, so that it can go on from there.
 
     Make an empty one and give it to every call, with only the new tokens in the batch. Prompts of
-    unequal length may be padded on either side. `mask` is True where a cached token is real. Not
-    for training: new entries are written into the buffers of the old ones.
+    unequal length may be padded on either side. `mask` is True where a cached token is real, None
+    as long as all of them are. Not for training: new entries are written into the buffers of the
+    old ones.
     """
 
     mask: Bool[Tensor, "batch read"] | None = None
+    num_read: int = 0  # tokens of a row
 
     def __init__(self):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # with room for more than was read
@@ -35,9 +37,15 @@ class Cache:
         self.source: dict[int, tuple[Tensor, Tensor]] = {}  # of cross-attention
         self.memory: Memory | None = None
 
-    def extend(self, mask: Bool[Tensor, "batch time"]) -> Bool[Tensor, "batch read"]:
-        """Adds the mask of new tokens and returns the mask of all."""
-        self.mask = mask if self.mask is None else torch.cat((self.mask, mask), 1)
+    def extend(
+        self, mask: Bool[Tensor, "batch time"], padded: bool
+    ) -> Bool[Tensor, "batch read"] | None:
+        """Adds the mask of new tokens, True everywhere unless `padded`; returns that of all."""
+        if self.mask is None and padded:
+            self.mask = mask.new_ones(len(mask), self.num_read)
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, mask), 1)
+        self.num_read += mask.shape[1]
         return self.mask
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,6 +203,15 @@ def distance_bucket(
     growth = (distance.float() / exact).clamp(min=1).log() / math.log(reach / exact)
     far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
     return side + torch.where(distance < exact, distance, far)
+
+
+def past(time: int, read: int, device: torch.device) -> Bool[Tensor, "query read"]:
+    """What each of the last `time` of `read` slots sees where only the future is hidden.
+
+    >>> past(2, 3, torch.device("cpu")).tolist()
+    [[True, True, False], [True, True, True]]
+    """
+    return torch.ones(time, read, dtype=torch.bool, device=device).tril(read - time)
 
 
 def attention_mask(

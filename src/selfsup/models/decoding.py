@@ -22,9 +22,9 @@ from torch import Tensor
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.models.attention import Cache
-from selfsup.models.encoder import Features
+from selfsup.models.encoder import Encoder, Features
 from selfsup.models.encoder_decoder import EncoderDecoder
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import VocabularyHead
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ class CausalWriter:
 
     def __init__(
         self,
-        encoder: TransformerEncoder,
+        encoder: Encoder,
         head: VocabularyHead,
         prompts: Batch,
         unwritten: Bool[Tensor, " vocabulary"] | None = None,

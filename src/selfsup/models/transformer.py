@@ -32,6 +32,7 @@ from selfsup.models.attention import (
     RelativeBias,
     View,
     attention_mask,
+    past,
 )
 from selfsup.models.embeddings import (
     FrameEmbedding,
@@ -345,18 +346,26 @@ class TransformerEncoder(Encoder):
         vectors = self.embedding.vectors(batch) if vectors is None else vectors
         documents, real = batch.get("documents"), self.embedding.real(batch)
         mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
-        read = mask if cache is None else self._extend(cache, mask, documents, causal)
-        self.embedding.check_length(read.shape[1])
-        time = vectors.shape[1]
-        if real is None and documents is None and cache is None:  # no mask: the fastest kernels
-            positions, allowed = torch.arange(time, device=vectors.device), None
-        else:
-            positions = document_positions(read, documents)[:, -time:]
-            allowed = attention_mask(read, documents, time, causal)
+        time, device = vectors.shape[1], vectors.device
+        known: Tensor | None = mask  # of all that was read
+        read = time
+        if cache is not None:
+            self._check_cached(documents, causal)
+            known = cache.extend(mask, padded=real is not None)
+            read = cache.num_read
+        elif real is None and documents is None:
+            known = None
+        self.embedding.check_length(read)
+        if known is not None:
+            positions = document_positions(known, documents)[:, -time:]
+            allowed = attention_mask(known, documents, time, causal)
+        else:  # nothing is padded; without a mask the kernels are fastest
+            positions = torch.arange(read - time, read, device=device)
+            allowed = past(time, read, device) if 1 < time < read else None
         x = self.embedding.place(vectors, positions, real)
         if self.relative is not None:
-            allowed = self._with_distances(allowed, time, read.shape[1], causal)
-        in_kernel = causal and allowed is None
+            allowed = self._with_distances(allowed, time, read, causal)
+        in_kernel = causal and allowed is None and time == read
         view = View(self._rotation(positions), allowed, in_kernel, cache, real, memory)
         hidden, routings = [x], []
         for layer in range(self.num_layers):
@@ -373,16 +382,15 @@ class TransformerEncoder(Encoder):
         """What is added to the attention scores: numbers by distance, -inf where unseen."""
         assert self.relative is not None
         bias = self.relative(time, read)
-        if allowed is None and causal:
-            allowed = torch.ones(time, read, dtype=torch.bool, device=bias.device).tril(read - time)
+        if allowed is None and causal and time > 1:
+            allowed = past(time, read, bias.device)
         return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
 
-    def _extend(self, cache: Cache, mask: Tensor, documents: Tensor | None, causal: bool) -> Tensor:
+    def _check_cached(self, documents: Tensor | None, causal: bool) -> None:
         if not causal:
             raise ConfigError("a cache needs a causal model (model.causal = true)")
         if documents is not None:
             raise DataError("a cache takes one document per row; leave `documents` out")
-        return cache.extend(mask)
 
     def _rotation(self, positions: Int[Tensor, "*batch time"]) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":

@@ -122,6 +122,7 @@ def _compare(
         steps=how["steps"],
         tuning=tuning,
         jobs=1,
+        controls="scratch" not in values["methods"][folder.name],
     )
 
 

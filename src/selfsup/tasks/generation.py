@@ -11,7 +11,7 @@ vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -96,6 +96,8 @@ class Generation(Task):
     metric = "bleu"
     gives_text = True
     max_watched = 64
+    encoder: Any  # an EncoderDecoder, or a TransformerEncoder
+    head: Any  # of the latter
     unwritten: Tensor  # (vocabulary,) bool
 
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...] = ()):
@@ -113,9 +115,9 @@ class Generation(Task):
                 f"{shape.max_length} learned positions; set it to at most {shape.max_length}"
             )
         self.config, self.encoder, self.names = config, encoder, names
-        self.head = None if decodes else VocabularyHead(encoder, transform=False)
+        self.head = None if decodes else VocabularyHead(self.encoder, transform=False)
         self.row_options = {"max_target": config.max_target, "prefix": config.prefix}
-        self.register_buffer("unwritten", never_written(encoder.spec), persistent=False)
+        self.register_buffer("unwritten", never_written(self.encoder.spec), persistent=False)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch, time), -100 where padded; `generator` is not used."""
@@ -183,5 +185,5 @@ class Generation(Task):
     def _writer(self, batch: Batch) -> Writer:
         if isinstance(self.encoder, EncoderDecoder):
             return DecoderWriter(self.encoder, self.encoder(batch), self.unwritten)
-        prompts = {name: batch[name] for name in ("tokens", "mask") if name in batch}
+        prompts: Batch = {name: batch[name] for name in ("tokens", "mask") if name in batch}
         return CausalWriter(self.encoder, self.head, prompts, self.unwritten)

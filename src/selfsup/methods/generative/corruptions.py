@@ -309,7 +309,10 @@ def _budget(text: Tensor, rate: float) -> Int[Tensor, "batch 1"]:
 
 
 def _segments(
-    items: Int[Tensor, "batch 1"], segments: Int[Tensor, "batch 1"], width: int, generator
+    items: Int[Tensor, "batch 1"],
+    segments: Int[Tensor, "batch 1"],
+    width: int,
+    generator: torch.Generator,
 ) -> Int[Tensor, "batch width"]:
     """Lengths of so many random segments, none empty, that items in a row are cut into."""
     slot = torch.arange(width, device=items.device).expand(len(items), -1)
