@@ -96,7 +96,7 @@ def peer(config: RunConfig, prepared: Prepared, pictures: np.ndarray) -> Callabl
         num_workers=WORKERS,
     )
     loss = NTXentLoss(temperature=method.temperature)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.training.lr, fused=True)
 
     def loss_of(batches: Iterator) -> Tensor:
         (first, second), _ = next(batches)

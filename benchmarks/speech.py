@@ -49,7 +49,7 @@ def wav2vec2() -> Pair:
         turn(
             stepper(
                 peer,
-                torch.optim.AdamW(peer.parameters(), lr=1e-4),
+                torch.optim.AdamW(peer.parameters(), lr=1e-4, fused=True),
                 lambda: transformers_loss(peer, ours.config, waveform),
                 dtype,
             )
@@ -59,19 +59,19 @@ def wav2vec2() -> Pair:
     return *rates, f"seconds of sound/s, {str(dtype).removeprefix('torch.')}"
 
 
-def transformers_model(config: Config) -> nn.Module:
+def transformers_model(config: Config, model: ModelConfig = MODEL) -> nn.Module:
     """Wav2Vec2ForPreTraining in the shape of ours."""
     from transformers import Wav2Vec2Config, Wav2Vec2ForPreTraining
 
     dropouts = ("hidden", "attention", "activation", "feat_proj", "feat_quantizer", "final")
     return Wav2Vec2ForPreTraining(
         Wav2Vec2Config(
-            hidden_size=MODEL.dim,
-            num_hidden_layers=MODEL.layers,
-            num_attention_heads=MODEL.heads,
-            intermediate_size=MODEL.feedforward_width,
-            conv_dim=(MODEL.conv_channels,) * len(MODEL.conv_kernels),
-            num_conv_pos_embeddings=MODEL.conv_positions,
+            hidden_size=model.dim,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            intermediate_size=model.feedforward_width,
+            conv_dim=(model.conv_channels,) * len(model.conv_kernels),
+            num_conv_pos_embeddings=model.conv_positions,
             num_codevectors_per_group=config.num_codes,
             num_codevector_groups=config.groups,
             codevector_dim=config.code_dim,
@@ -93,8 +93,8 @@ def transformers_loss(model, config: Config, waveform: Tensor) -> Tensor:
     negatives = theirs._sample_negative_indices(shape, config.num_negatives, hidden)
     output = model(
         waveform,
-        mask_time_indices=torch.tensor(hidden, dtype=torch.long),
-        sampled_negative_indices=torch.tensor(negatives, dtype=torch.long),
+        mask_time_indices=torch.tensor(hidden, device=waveform.device, dtype=torch.long),
+        sampled_negative_indices=torch.tensor(negatives, device=waveform.device).long(),
     )
     return output.loss / hidden.sum()
 

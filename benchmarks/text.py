@@ -88,9 +88,10 @@ def peer_masked_step(peer: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Ste
 def causal(dim: int, layers: int, batch: int, time_: int, vocabulary: int) -> Pair:
     """CLM, tokens/s: our modern layout against GPT2LMHeadModel at the same width and depth."""
     dtype = pick_dtype("auto", torch.device("cpu"))
+    tokens = draw(batch, time_, vocabulary)
     models = causal_models(dim, layers, vocabulary, longest=time_)
-    steps = causal_steps(models, draw(batch, time_, vocabulary), dtype)
-    rates = best_rates(*map(turn, steps), batch * time_)
+    steps = [causal_step(model, tokens, dtype) for model in models]
+    rates = best_rates(*map(turn, steps), tokens.numel())
     return *rates, unit("tokens", dtype)
 
 
@@ -109,16 +110,15 @@ def causal_models(dim: int, layers: int, vocabulary: int, longest: int) -> Model
     return ours, peer.train()
 
 
-def causal_steps(models: Models, tokens: Tensor, dtype: torch.dtype) -> tuple[Step, Step]:
-    """Both predict every token from those before it."""
-    (ours, peer), generator = models, torch.Generator(tokens.device).manual_seed(0)
-    return (
-        stepper(
-            *(ours, own_adamw(ours), lambda: ours.loss({"tokens": tokens}, generator).loss, dtype)
-        ),
-        stepper(
-            *(peer, peer_adamw(peer), lambda: peer(input_ids=tokens, labels=tokens).loss, dtype)
-        ),
+def causal_step(model: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Step:
+    """A step of either side: every token is predicted from those before it."""
+    generator = torch.Generator(tokens.device).manual_seed(0)
+    if isinstance(model, CausalLanguage):
+        return stepper(
+            model, own_adamw(model), lambda: model.loss({"tokens": tokens}, generator).loss, dtype
+        )
+    return stepper(
+        model, peer_adamw(model), lambda: model(input_ids=tokens, labels=tokens).loss, dtype
     )
 
 

@@ -93,7 +93,7 @@ def t5_models(dim: int, layers: int, vocabulary: int) -> Models:
             decoder_start_token_id=0,
         )
     ).train()
-    assert num_parameters(ours) == num_parameters(peer), (num_parameters(ours, peer))
+    assert num_parameters(ours) == num_parameters(peer), num_parameters(ours, peer)
     return ours, peer
 
 

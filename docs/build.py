@@ -12,6 +12,16 @@ and one table of several probes, a row for each, between these:
 
     <!-- probes: NAME NAME ... -->
     <!-- end -->
+
+and one table of benchmarks, of those of docs/results/bench-NAME.json that exist, between these:
+
+    <!-- bench: NAME NAME ... -->
+    <!-- end -->
+
+and the tables of a study of methods between these:
+
+    <!-- study: NAME -->
+    <!-- end -->
 """
 
 import json
@@ -19,12 +29,12 @@ import re
 import sys
 from pathlib import Path
 
-from selfsup.report.evidence import arm_name, interval
+from selfsup.reporting.evidence import arm_name, interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-BLOCK = re.compile(r"(<!-- (result|probes): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-PAGES = ("README.md", "README.zh.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- (result|probes|bench|study): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PAGES = ("README.md", "README.zh.md", "docs/results.md", "docs/benchmarks.md", "docs/language.md")
 
 
 def table(name: str) -> str:
@@ -74,6 +84,42 @@ def probes(names: list[str]) -> str:
     )
 
 
+def benchmarks(names: list[str]) -> str:
+    """What selfsup and a peer reach, a row for each benchmark that was recorded."""
+    found = [f"bench-{name}" for name in names if (RESULTS / f"bench-{name}.json").exists()]
+    results = list(map(read, found))
+    lines = ["| | selfsup | peer | ratio | unit |", "|---|---|---|---|---|"]
+    for result in results:
+        for name, score in result["scores"].items():
+            keys = ("selfsup", "peer", "ratio")
+            cells = [score.get(key, "") for key in keys]  # no ratio where a side did not get there
+            shown = [f"{cell:,.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
+            lines.append(f"| {name} | {' | '.join(shown)} | {score.get('unit', '')} |")
+    if not results:
+        return "Not measured yet.\n"
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {source(r)}" for r in results) + "\n"
+
+
+def study(name: str) -> str:
+    """A table for each way of tuning: methods by task, then what stands beside them."""
+    result = read(name)
+    scores = result["scores"]
+    tasks = list(next(iter(scores.values())))
+    parts = []
+    for tuning in next(iter(scores[next(iter(scores))].values())):
+        lines = [f"| {tuning} | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]
+        rows = [(method, scores[method], "pretrained") for method in scores]
+        measured = [method for method in scores if "scratch" in scores[method][tasks[0]][tuning]]
+        rows += [(f"scratch ({method})", scores[method], "scratch") for method in measured]
+        rows += [("classical baseline", scores[method], "baseline") for method in measured[:1]]
+        for label, of_method, arm in rows:
+            cells = [interval(of_method[task][tuning][arm]) for task in tasks if task in of_method]
+            shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in cells]
+            lines.append(f"| {label} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + f"\n\n{source(result)}\n"
+
+
 def comparison(result: dict) -> str:
     """Arms by number of labels: mean and 95% interval over the seeds."""
     arms = result["scores"]
@@ -108,7 +154,13 @@ def built(text: str) -> str:
 
     def made(found: re.Match[str]) -> str:
         head, kind, names, tail = found.groups()
-        return head + (table(names) if kind == "result" else probes(names.split())) + tail
+        made = {
+            "result": table,
+            "probes": lambda names: probes(names.split()),
+            "study": study,
+            "bench": lambda names: benchmarks(names.split()),
+        }
+        return head + made[kind](names) + tail
 
     return BLOCK.sub(made, text)
 

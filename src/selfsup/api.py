@@ -284,7 +284,7 @@ def evaluate(
             counted = [(scores[name], prepared.facts["corpora"][name][side]) for name in scores]
         else:
             scores = held_out_loss(model.objective, held_out, everything, model.device)
-            counted = [(scores, prepared.facts[side])]
+            counted = [(scores, prepared.facts.get(side, {}))]
     for found, counts in counted if config.method_name in PREDICTS_TOKENS else ():
         found["perplexity_per_token"] = math.exp(found["loss"])
         found["perplexity_per_word"] = math.exp(found["loss"] * counts["tokens"] / counts["words"])
@@ -523,7 +523,7 @@ def report(
         out: the file; by default report.html in the (first) run folder.
         figure: also draw the first run's comparison as a PNG, for a README.
     """
-    from selfsup.report import write_figure, write_report
+    from selfsup.reporting import write_figure, write_report
 
     paths = [Path(run) for run in runs]
     for path in paths:

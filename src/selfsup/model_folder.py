@@ -218,7 +218,9 @@ class Model:
         if top < 1:
             raise ConfigError(f"top must be at least 1, got {top}")
         if not isinstance(self.objective, FillsBlanks):
-            raise ConfigError(f"{self._kind()} cannot fill blanks; use a masked_language run")
+            raise ConfigError(
+                f"{self._kind()} cannot fill blanks; use a masked_language or gpt_bert run"
+            )
         tokenizer = self.preprocessor.tokenizer
         ((_, batch),) = self._batches([text], 1)
         with self._inference():
@@ -258,10 +260,14 @@ class Model:
         if num_tokens < 0:
             raise ConfigError(f"the number of tokens must be at least 0, got {num_tokens}")
         if not isinstance(self.objective, Generates):
-            raise ConfigError(f"{self._kind()} cannot generate; use a causal_language run")
+            raise ConfigError(
+                f"{self._kind()} cannot generate; use a causal_language or gpt_bert run"
+            )
         tokenizer = self.preprocessor.tokenizer
         ids = tokenizer.encode([prompt])[0].astype(np.int64)
-        if not len(ids):  # a document begins after the end of another
+        if tokenizer.style == "bert":  # as every row of training began
+            ids = np.array([tokenizer.vocabulary.cls, *ids])
+        elif not len(ids):  # a document begins after the end of another
             ids = np.array([tokenizer.vocabulary.sep])
         batch = to_device({"tokens": torch.from_numpy(ids).unsqueeze(0)}, self.device)
         generator = torch_generator(seed, "generate", device=self.device)

@@ -13,7 +13,7 @@ def clean(options: argparse.Namespace) -> None:
     from selfsup.config import from_mapping, parse_setting
     from selfsup.data.cleaning import clean
     from selfsup.data.cleaning_rules import RULES, Config
-    from selfsup.report.cleaning import write_cleaning
+    from selfsup.reporting.cleaning import write_cleaning
 
     settings = dict(parse_setting(text) for text in options.set)
     if options.language:

@@ -93,8 +93,8 @@ def _print_comparison(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from selfsup.report.evidence import arm_name, arm_order, interval, verdict
-    from selfsup.report.runs import read_compare
+    from selfsup.reporting.evidence import arm_name, arm_order, interval, verdict
+    from selfsup.reporting.runs import read_compare
 
     compare = read_compare(path)
     arms = arm_order(compare)
@@ -332,7 +332,7 @@ def _print_prompting(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from selfsup.report.evidence import interval
+    from selfsup.reporting.evidence import interval
 
     names = {"accuracy": "accuracy", "one_answer": "most given answer"}
     names |= {"calibrated_accuracy": "calibrated", "calibrated_one_answer": "most given answer"}

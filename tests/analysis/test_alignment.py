@@ -16,8 +16,8 @@ from selfsup.analysis.alignment import (
 )
 from selfsup.errors import DataError
 from selfsup.evaluation.translations import read_pairs
-from selfsup.report.runs import read_run
-from selfsup.report.sections import alignment
+from selfsup.reporting.runs import read_run
+from selfsup.reporting.sections import alignment
 
 
 def noise(*shape, seed=0):

@@ -225,6 +225,31 @@ def test_published_names_of_special_tokens_are_found(tmp_path):
     assert tokenizer.encode([" b b b b b"])[0].tolist() == [7] * 5
 
 
+@pytest.mark.parametrize(
+    ("pieces", "single", "pair", "shortest"),
+    [  # as the authors of RoBERTa and of T5 lay out their rows
+        (["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "0 7 2", "0 7 2 2 8 2", 6),
+        (["<pad>", "</s>", "<unk>", "<extra_id_0>", "x"], "7 1", "7 1 8 1", 4),
+        (["<|endoftext|>", "a", "b", "c", "d"], "7", "7 0 8", 3),
+    ],
+)
+def test_rows_of_published_layouts(pieces, single, pair, shortest, tmp_path):
+    import tokenizers
+    from tokenizers import models
+
+    ids = {piece: i for i, piece in enumerate([*pieces, "e", "f", "one", "two"])}
+    given = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=None))
+    given.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    one, two = np.array([7]), np.array([8])
+    assert tokenizer.row(one)[0].tolist() == [int(i) for i in single.split()]
+    tokens, segments = tokenizer.row(one, two)
+    assert tokens.tolist() == [int(i) for i in pair.split()]
+    assert segments.tolist().count(1) == len(tokens) - tokens.tolist().index(8)
+    long = np.repeat(one, 9)
+    assert len(tokenizer.row(long, two, max_length=shortest)[0]) == shortest
+
+
 def test_bad_tokenizer_files(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.json: the tokenizer cannot be read"):
         Tokenizer.load(tmp_path)

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError, DataError
-from selfsup.methods.generative import causal_language
+from selfsup.methods import ops
 from selfsup.methods.generative.causal_language import (
     CausalLanguage,
     Config,
     next_tokens,
-    surprisal,
 )
 from selfsup.models.decoding import filtered
 from selfsup.models.transformer import Config as Model
@@ -146,7 +145,7 @@ def test_loss_and_score_equal_a_loop(name, head):
 def test_surprisal_and_accuracy():
     logits = torch.randn(6, SIZE, generator=torch_generator(0, "logits")) * 4
     target = torch.tensor([3, 4, 5, 6, 7, int(logits[5].argmax())])
-    nats, hit = surprisal(logits.bfloat16(), target)
+    nats, hit = ops.surprisals(logits.bfloat16(), target, lambda hidden: hidden, SIZE)
     exact = logits.bfloat16().double()
     for i in range(6):
         expected = math.log(sum(math.exp(x) for x in exact[i].tolist())) - float(
@@ -190,7 +189,7 @@ def test_packed_documents_give_the_same_as_documents_alone():
 def test_chunked_projection_changes_nothing(monkeypatch):
     found = []
     for limit in (2**27, 7 * SIZE):
-        monkeypatch.setattr(causal_language, "MAX_LOGITS", limit)
+        monkeypatch.setattr(ops, "MAX_LOGITS", limit)
         method = build(head="bert")
         output = method.loss(packed(), torch_generator(0, "loss"))
         output.loss.backward()

@@ -204,7 +204,9 @@ def same(got: Tensor, expected: Tensor, end: int) -> None:
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
     """Both models, and rules by which some texts end early and some late."""
-    ours, theirs = PAIRS[request.param]()
+    with isolated():
+        torch.manual_seed(0)
+        ours, theirs = PAIRS[request.param]()
     batch = sources(left=not isinstance(ours, EncoderDecoder))
     free = sample(writer_of(ours, batch), Rules(max_tokens=12, end=-1, pad=PAD))
     common = torch.bincount(free[:, 1:].flatten(), minlength=SIZE)
@@ -258,7 +260,7 @@ def test_rules_equal_transformers(pair, num_beams, rule):
     names = {"no_repeat": "no_repeat_ngram_size", "min_tokens": "min_new_tokens"}
     given = {names[name]: value for name, value in rule.items()}
     same(got, theirs_writes(theirs, batch, rules.end, num_beams=num_beams, **given)[0], rules.end)
-    assert not torch.equal(got, write(rules))
+    assert num_beams > 1 or not torch.equal(got, write(rules))  # beams may have kept to it
 
 
 # Without `transformers`

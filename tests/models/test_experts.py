@@ -40,7 +40,8 @@ def slow(layer: Experts, x: torch.Tensor, real: torch.Tensor, room: float):
             dropped += 1
         busy[best] += 1
     count = int(real.sum())
-    balance = layer.experts * sum(b / count * float(p) / count for b, p in zip(busy, likely, strict=True))
+    pairs = zip(busy, likely.tolist(), strict=True)
+    balance = layer.experts * sum(b / count * p / count for b, p in pairs)
     return out, balance, dropped
 
 

@@ -9,7 +9,7 @@ model, so it is compared with and not used. Memory: about 100 bytes a document f
 
     OUT/documents/part-00000.jsonl.gz   the documents with all their columns, the text cleaned
         cleaning.json                   what each rule dropped, with examples
-        report.html                     the same to look at (`selfsup.report.cleaning`)
+        report.html                     the same to look at (`selfsup.reporting.cleaning`)
 """
 
 import gzip

@@ -190,7 +190,7 @@ class LabelledPairs(LabelledDataset):
 
     def _source(self, ids: np.ndarray) -> np.ndarray:
         tokens, _ = self.tokenizer.row(ids)
-        return tokens if self.tokenizer.style == "bert" else np.append(tokens, self.end)
+        return tokens if len(tokens) and tokens[-1] == self.end else np.append(tokens, self.end)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -347,21 +347,22 @@ class TransformerEncoder(Encoder):
         documents, real = batch.get("documents"), self.embedding.real(batch)
         mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
         time, device = vectors.shape[1], vectors.device
-        known: Tensor | None = mask  # of all that was read
+        plain = real is None and documents is None
+        known: Tensor | None = None if plain else mask  # of all that was read
         read = time
         if cache is not None:
             self._check_cached(documents, causal)
             known = cache.extend(mask, padded=real is not None)
             read = cache.num_read
-        elif real is None and documents is None:
-            known = None
         self.embedding.check_length(read)
+        allowed: Tensor | None = None
         if known is not None:
             positions = document_positions(known, documents)[:, -time:]
             allowed = attention_mask(known, documents, time, causal)
         else:  # nothing is padded; without a mask the kernels are fastest
             positions = torch.arange(read - time, read, device=device)
-            allowed = past(time, read, device) if 1 < time < read else None
+            if 1 < time < read:
+                allowed = past(time, read, device)
         x = self.embedding.place(vectors, positions, real)
         if self.relative is not None:
             allowed = self._with_distances(allowed, time, read, causal)

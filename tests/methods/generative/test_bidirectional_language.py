@@ -7,7 +7,7 @@ import torch
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.generative import bidirectional_language
+from selfsup.methods import ops
 from selfsup.methods.generative.bidirectional_language import (
     BidirectionalLanguage,
     Config,
@@ -94,8 +94,8 @@ def test_no_prediction_has_seen_its_target():
 
 def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
     found = []
-    for limit in (bidirectional_language.MAX_LOGITS, 30):  # three positions at a time
-        monkeypatch.setattr(bidirectional_language, "MAX_LOGITS", limit)
+    for limit in (ops.MAX_LOGITS, 30):  # three positions at a time
+        monkeypatch.setattr(ops, "MAX_LOGITS", limit)
         method = build()
         output = loss_of(method, BATCH)
         output.loss.backward()

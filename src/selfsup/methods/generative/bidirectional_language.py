@@ -25,15 +25,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import surprisals
 from selfsup.models.elmo import ElmoEncoder
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
-
-MAX_LOGITS = 2**27  # held at once; 512 MiB in float32, as much again for their gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,21 +111,9 @@ class BidirectionalLanguage(Objective):
     def _nats(
         self, hidden: Float[Tensor, "batch next dim"], target: Int[Tensor, "batch next"]
     ) -> Float[Tensor, "batch next"]:
-        """The projection runs over as many positions as `MAX_LOGITS` allows.
-
-        Where that takes several chunks, their logits are computed again on the way back.
-        """
-
-        def predict(hidden: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(hidden).float(), target, reduction="none")
-
-        size = max(1, MAX_LOGITS // self.vocabulary.size)
-        pieces = zip(hidden.flatten(0, 1).split(size), target.flatten().split(size), strict=True)
-        if target.numel() <= size:
-            nats = [predict(*piece) for piece in pieces]
-        else:
-            nats = [checkpoint(predict, *piece, use_reentrant=False) for piece in pieces]
-        return torch.cat(nats).view(target.shape)
+        size = self.vocabulary.size
+        nats, _ = surprisals(hidden.flatten(0, 1), target.flatten(), self.head, size)
+        return nats.view(target.shape)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Tensor]:

@@ -23,18 +23,15 @@ from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import penalised
+from selfsup.methods.ops import penalised, surprisals
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.transformer import Cache, TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
-
-MAX_LOGITS = 2**27  # held at once; 512 MiB in float32, as much again for their gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +63,6 @@ def next_tokens(batch: Batch) -> Targets:
     if "documents" in batch:
         real = real & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
     return Targets(tokens[:, 1:], real)
-
-
-def surprisal(
-    logits: Float[Tensor, "items vocabulary"], target: Int[Tensor, " items"]
-) -> tuple[Float[Tensor, " items"], Bool[Tensor, " items"]]:
-    """-log p(target) in nats, float32, and whether the target was the likeliest token."""
-    nats = F.cross_entropy(logits.float(), target, reduction="none")
-    return nats, logits.detach().argmax(-1) == target
 
 
 @final
@@ -121,23 +110,13 @@ class CausalLanguage(Objective):
         return penalised(Output(loss, total, {"accuracy": accuracy}), features)
 
     def _surprisals(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """`surprisal` after every position of (batch, time, dim) but the last, each (batch, next).
-
-        The projection runs over as many positions as `MAX_LOGITS` allows; where that takes several
-        chunks, their logits are computed again on the way back instead of being kept.
-        """
-        hidden = hidden[:, :-1].flatten(0, 1)  # (items, dim)
-
-        def predict(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-            return surprisal(self.head(hidden, self.encoder.embedding), target)
-
-        size = max(1, MAX_LOGITS // self.vocabulary.size)
-        if len(hidden) <= size:
-            nats, hit = predict(hidden, target.flatten())
-        else:
-            pairs = zip(hidden.split(size), target.flatten().split(size), strict=True)
-            chunks = [checkpoint(predict, *pair, use_reentrant=False) for pair in pairs]
-            nats, hit = (torch.cat(part) for part in zip(*chunks, strict=True))
+        """`surprisals` after every position of (batch, time, dim) but the last: (batch, next)."""
+        nats, hit = surprisals(
+            hidden[:, :-1].flatten(0, 1),
+            target.flatten(),
+            lambda hidden: self.head(hidden, self.encoder.embedding),
+            self.vocabulary.size,
+        )
         return nats.view(target.shape), hit.view(target.shape)
 
     @torch.no_grad()

@@ -13,11 +13,11 @@ import pytest
 from scipy import stats
 
 from selfsup.errors import CheckpointError, ConfigError
-from selfsup.report import write_figure, write_report
-from selfsup.report.charts import smoothed
-from selfsup.report.evidence import difference, interval, t95, verdict
-from selfsup.report.runs import read_compare, read_run
-from selfsup.report.svg import spread, ticks
+from selfsup.reporting import write_figure, write_report
+from selfsup.reporting.charts import smoothed
+from selfsup.reporting.evidence import difference, interval, t95, verdict
+from selfsup.reporting.runs import read_compare, read_run
+from selfsup.reporting.svg import spread, ticks
 
 EVIL = "<script>alert('x')</script> & \x00 http://example.org"
 TOML = """
@@ -384,5 +384,5 @@ def test_picture_for_the_readme(tmp_path):
 
 
 def test_the_report_does_not_import_torch():
-    code = "import sys, selfsup.report; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, selfsup.reporting; assert not {'torch', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

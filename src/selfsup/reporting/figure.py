@@ -4,9 +4,9 @@ import io
 from pathlib import Path
 
 from selfsup.files import write_bytes
-from selfsup.report.charts import log_range
-from selfsup.report.evidence import arm_name, arm_order, interval, verdict
-from selfsup.report.runs import Compare, finite, read_compare
+from selfsup.reporting.charts import log_range
+from selfsup.reporting.evidence import arm_name, arm_order, interval, verdict
+from selfsup.reporting.runs import Compare, finite, read_compare
 
 COLORS = (
     "#0072b2",
@@ -123,7 +123,7 @@ def _curves(panel, compare: Compare, curves: list[dict], count: int) -> None:
 
 
 def _name_ends(panel, names: list[tuple[str, float, float, str]]) -> None:
-    from selfsup.report.svg import spread
+    from selfsup.reporting.svg import spread
 
     panel.margins(y=0.08)
     low, high = panel.get_ylim()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from selfsup.report.runs import Compare
+from selfsup.reporting.runs import Compare
 
 ARM_NAMES = {
     "pretrained": "pre-trained",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from selfsup.report.evidence import ARM_NAMES, arm_name, arm_order, interval
-from selfsup.report.markup import compact
-from selfsup.report.runs import Compare, Row, Run, finite
-from selfsup.report.svg import CHARACTER, Plot, padded
+from selfsup.reporting.evidence import ARM_NAMES, arm_name, arm_order, interval
+from selfsup.reporting.markup import compact
+from selfsup.reporting.runs import Compare, Row, Run, finite
+from selfsup.reporting.svg import CHARACTER, Plot, padded
 
 WIDE, NARROW = (920, 420), (390, 380)  # a figure for screens, and the same for phones
 MAX_POINTS = 600  # points of one drawn line; more cannot be told apart

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from selfsup.files import write_text
-from selfsup.report.markup import code, pairs, rounded, section, text, tiles
-from selfsup.report.page import html
+from selfsup.reporting.markup import code, pairs, rounded, section, text, tiles
+from selfsup.reporting.page import html
 
 BAR = '<b><i style="width:{:.1f}%"></i></b>'
 WIDE = ' style="grid-template-columns: 11em 1fr 4em"'  # names of rules are longer than words

@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from selfsup.report.runs import Row
+from selfsup.reporting.runs import Row
 
 
 def text(value: Any) -> str:

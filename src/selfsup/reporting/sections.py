@@ -3,8 +3,8 @@
 from statistics import median
 from typing import Any
 
-from selfsup.report import charts
-from selfsup.report.evidence import (
+from selfsup.reporting import charts
+from selfsup.reporting.evidence import (
     LOWER_IS_BETTER,
     arm_name,
     arm_order,
@@ -14,9 +14,9 @@ from selfsup.report.evidence import (
     signed,
     verdict,
 )
-from selfsup.report.markup import flattened, number, pairs, records, rounded, section, text
-from selfsup.report.runs import Compare, Row, Run, finite
-from selfsup.report.svg import marker
+from selfsup.reporting.markup import flattened, number, pairs, records, rounded, section, text
+from selfsup.reporting.runs import Compare, Row, Run, finite
+from selfsup.reporting.svg import marker
 
 SHOWN_ELSEWHERE = ("environment", "facts", "command")
 MAX_SAMPLES = 12

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from selfsup.report.markup import compact, text
+from selfsup.reporting.markup import compact, text
 
 CHARACTER = 6.9  # width of an average character of a 12.5-pixel label, in pixels
 LABEL_STEP = 16  # least distance between two labels at line ends, in pixels

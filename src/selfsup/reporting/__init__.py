@@ -3,7 +3,7 @@
 It only reads run folders; nothing here imports torch.
 """
 
-from selfsup.report.figure import write_figure
-from selfsup.report.page import write_report
+from selfsup.reporting.figure import write_figure
+from selfsup.reporting.page import write_report
 
 __all__ = ["write_figure", "write_report"]

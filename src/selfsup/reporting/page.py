@@ -7,11 +7,11 @@ from pathlib import Path
 
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
-from selfsup.report import charts, sections
-from selfsup.report.evidence import ARM_NAMES, anomaly_verdict, probe_verdict, verdict
-from selfsup.report.examples import examples
-from selfsup.report.markup import code, rounded, section, text, tiles
-from selfsup.report.runs import Run, finite, read_run
+from selfsup.reporting import charts, sections
+from selfsup.reporting.evidence import ARM_NAMES, anomaly_verdict, probe_verdict, verdict
+from selfsup.reporting.examples import examples
+from selfsup.reporting.markup import code, rounded, section, text, tiles
+from selfsup.reporting.runs import Run, finite, read_run
 
 # The page may show style, pictures and sounds that are inside it: no script, no request.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"

@@ -3,10 +3,10 @@
 from itertools import groupby
 from typing import Any
 
-from selfsup.report import charts
-from selfsup.report.markup import section, text
-from selfsup.report.runs import Row, Run, finite
-from selfsup.report.svg import Plot, padded
+from selfsup.reporting import charts
+from selfsup.reporting.markup import section, text
+from selfsup.reporting.runs import Row, Run, finite
+from selfsup.reporting.svg import Plot, padded
 
 # Nothing is fetched from elsewhere: what a file says is shown only if it is one of these.
 PNG, WAV = "data:image/png;base64,", "data:audio/wav;base64,"
