@@ -102,6 +102,8 @@ def benchmarks(names: list[str]) -> str:
 
 def study(name: str) -> str:
     """A table for each way of tuning: methods by task, then what stands beside them."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
     result = read(name)
     scores = result["scores"]
     tasks = list(next(iter(scores.values())))
