@@ -13,7 +13,6 @@ from selfsup.methods import ops
 from selfsup.methods.generative.causal_language import (
     CausalLanguage,
     Config,
-    next_tokens,
 )
 from selfsup.models.decoding import filtered
 from selfsup.models.transformer import Config as Model
@@ -110,7 +109,7 @@ def test_an_encoder_that_sees_the_next_token_is_refused():
 
 def test_next_tokens_stay_in_their_document_and_end_with_its_end():
     batch = packed()
-    target, real = next_tokens(batch)
+    target, real = batch["tokens"][:, 1:], ops.follows(batch)
     expected = []
     for row in range(3):
         for slot in range(11):

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from selfsup.batch import Batch
 from selfsup.models.batch_norm import BatchNorm
 from selfsup.models.encoder import Features
 from selfsup.objective import Output
@@ -160,6 +161,33 @@ def surprisals(
     chunks = [checkpoint(predict, *piece, use_reentrant=False) for piece in pieces]
     nats, hit = (torch.cat(part) for part in zip(*chunks, strict=True))
     return nats, hit
+
+
+def follows(batch: Batch) -> Bool[Tensor, "batch next"]:
+    """True where a token and the one before it are real and of the same document.
+
+    `next` is `time` - 1: every position that has another after it.
+
+    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
+    >>> follows(row).tolist()
+    [[True, True, False]]
+    """
+    out = torch.ones_like(batch["tokens"][:, 1:], dtype=torch.bool)
+    if "mask" in batch:
+        out = batch["mask"][:, :-1] & batch["mask"][:, 1:]
+    if "documents" in batch:
+        out = out & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
+    return out
+
+
+def token_scores(
+    nats: Float[Tensor, "batch next"], real: Bool[Tensor, "batch next"]
+) -> dict[str, Tensor]:
+    """What `Scores.score` gives, of -log p of each token after the first, and which count."""
+    return {
+        "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
+        "scored": F.pad(real, (1, 0), value=False),
+    }
 
 
 def penalised(output: Output, *features: Features) -> Output:

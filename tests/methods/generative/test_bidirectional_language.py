@@ -11,7 +11,6 @@ from selfsup.methods import ops
 from selfsup.methods.generative.bidirectional_language import (
     BidirectionalLanguage,
     Config,
-    neighbours,
 )
 from selfsup.models import elmo, recurrent
 from selfsup.randomness import isolated, seed_layers, torch_generator
@@ -60,9 +59,9 @@ def slow_losses(method: BidirectionalLanguage) -> tuple[float, float]:
 
 
 def test_neighbours_are_real_and_of_one_document():
-    pairs = neighbours(BATCH).nonzero().tolist()
+    pairs = ops.follows(BATCH).nonzero().tolist()
     assert [tuple(pair) for pair in pairs] == PAIRS
-    assert neighbours({"tokens": torch.zeros(2, 3)}).all()
+    assert ops.follows({"tokens": torch.zeros(2, 3)}).all()
 
 
 def test_loss_equals_loops():

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import surprisals
+from selfsup.methods.ops import follows, surprisals, token_scores
 from selfsup.models.elmo import ElmoEncoder
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Output
@@ -37,21 +36,6 @@ from selfsup.objective import Objective, Output
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Nothing: the paper varies the model alone."""
-
-
-def neighbours(batch: Batch) -> Bool[Tensor, "batch next"]:
-    """Whether a position and the one after it are real and of one document.
-
-    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
-    >>> neighbours(row).tolist()
-    [[True, True, False]]
-    """
-    real = torch.ones_like(batch["tokens"][:, 1:], dtype=torch.bool)
-    if "mask" in batch:
-        real = batch["mask"][:, :-1] & batch["mask"][:, 1:]
-    if "documents" in batch:
-        real = real & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
-    return real
 
 
 @final
@@ -90,7 +74,7 @@ class BidirectionalLanguage(Objective):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Reads in both directions, predicts, compares; only dropout is random."""
-        real = neighbours(batch)
+        real = follows(batch)
         total = real.sum()
         forward, backward = (
             torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
@@ -123,9 +107,4 @@ class BidirectionalLanguage(Objective):
             `log_probability` (batch, time) float32, in nats, 0 where there is none; `scored`
             (batch, time) bool, False at padding and at the first token of a document.
         """
-        real = neighbours(batch)
-        nats = self._surprisals(batch)[0]
-        return {
-            "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
-            "scored": F.pad(real, (1, 0), value=False),
-        }
+        return token_scores(self._surprisals(batch)[0], follows(batch))

@@ -19,16 +19,15 @@ Reference result: docs/results/gpt-mini-english.json, with its command.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import penalised, surprisals
+from selfsup.methods.ops import follows, penalised, surprisals, token_scores
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.transformer import Cache, TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
@@ -40,29 +39,6 @@ class Config:
 
     head: Literal["tied", "bert"] = "tied"
     """tied: the token table alone; bert: dense, activation, norm, tied projection with bias."""
-
-
-class Targets(NamedTuple):
-    """What follows each position but the last."""
-
-    tokens: Int[Tensor, "batch next"]
-    real: Bool[Tensor, "batch next"]  # False: nothing follows inside the same document
-
-
-def next_tokens(batch: Batch) -> Targets:
-    """The next token of each position, and whether it is real and of the same document.
-
-    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
-    >>> next_tokens(row).real.tolist()
-    [[True, True, False]]
-    """
-    tokens = batch["tokens"]
-    real = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    if "mask" in batch:
-        real = batch["mask"][:, :-1] & batch["mask"][:, 1:]
-    if "documents" in batch:
-        real = real & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
-    return Targets(tokens[:, 1:], real)
 
 
 @final
@@ -101,7 +77,7 @@ class CausalLanguage(Objective):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Encodes, predicts, compares; nothing is random but the encoder's dropout."""
-        target, real = next_tokens(batch)
+        target, real = batch["tokens"][:, 1:], follows(batch)
         features = self.encoder(batch)
         nats, hit = self._surprisals(features.last, target)
         total = real.sum()
@@ -133,12 +109,8 @@ class CausalLanguage(Objective):
             (batch, time) bool, False at padding and at the first token of a document. The
             perplexity per word is exp(-sum of log_probability / number of words).
         """
-        target, real = next_tokens(batch)
-        nats, _ = self._surprisals(self.encoder(batch, cache).last, target)
-        return {
-            "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
-            "scored": F.pad(real, (1, 0), value=False),
-        }
+        nats, _ = self._surprisals(self.encoder(batch, cache).last, batch["tokens"][:, 1:])
+        return token_scores(nats, follows(batch))
 
     @torch.no_grad()
     def generate(

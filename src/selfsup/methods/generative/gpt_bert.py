@@ -34,7 +34,7 @@ from torch import Tensor
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.generative.corruptions import disguised, drawn
-from selfsup.methods.ops import penalised, surprisals
+from selfsup.methods.ops import follows, penalised, surprisals, token_scores
 from selfsup.models.attention import Cache
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.encoder import Encoder, Features
@@ -65,21 +65,6 @@ class Config:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
             raise ValueError("mask_share and random_share must be shares that sum to at most 1")
-
-
-def follows(batch: Batch) -> Bool[Tensor, "batch next"]:
-    """True where a token and the one before it are real and of the same document.
-
-    >>> row = {"tokens": torch.tensor([[5, 6, 2, 7]]), "documents": torch.tensor([[0, 0, 0, 1]])}
-    >>> follows(row).tolist()
-    [[True, True, False]]
-    """
-    out = torch.ones_like(batch["tokens"][:, 1:], dtype=torch.bool)
-    if "mask" in batch:
-        out = batch["mask"][:, :-1] & batch["mask"][:, 1:]
-    if "documents" in batch:
-        out = out & (batch["documents"][:, :-1] == batch["documents"][:, 1:])
-    return out
 
 
 @final
@@ -217,11 +202,7 @@ class GPTBERT(Objective):
         """
         hidden = self.encoder(batch, cache, causal=True).last
         nats, _ = self._surprisals(hidden[:, :-1], batch["tokens"][:, 1:])
-        real = follows(batch)
-        return {
-            "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
-            "scored": F.pad(real, (1, 0), value=False),
-        }
+        return token_scores(nats, follows(batch))
 
     @torch.no_grad()
     def generate(
