@@ -381,8 +381,6 @@ def probe(
 ) -> dict[str, Any]:
     """Measures frozen features: weighted kNN and a linear probe; writes probe.json into the run.
 
-    For classes also embeddings.json, a map of items with their labels.
-
     For classes also embeddings.json: a map of items, coloured by their labels.
 
     Beside the pre-trained network stand the same network untrained and, where an input is a vector,

@@ -397,6 +397,14 @@ PUBLISHED = {  # millions of parameters, pooler and tied table included
     "gpt2-medium": (50257, 354.8),
     "gpt2-large": (50257, 774.0),
     "gpt2-xl": (50257, 1557.6),
+    # without RoBERTa's pooler and its two unused positions, and ELECTRA's head
+    "roberta-base": (50265, 124.05),
+    "albert-base": (30000, 11.68),
+    "albert-large": (30000, 17.68),
+    "electra-small": (30522, 13.48),
+    "megatron-8b": (51200, 8317.0),
+    "turing-nlg-17b": (50257, 17176.8),
+    "gpt3-175b": (50257, 174604.3),
 }
 
 
