@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from selfsup.config import read_toml, write_toml
+from selfsup.errors import ConfigError
+from selfsup.run_start import check_same
 from selfsup.training.checkpoint import checkpoint_paths
 
 
@@ -157,6 +160,23 @@ def test_resume_with_another_configuration(refused, corpus, copied, settings, wo
     message = refused(2, *begin, "--set", *settings)
     assert words in message
     assert "or another --out" in message
+
+
+def test_a_key_that_is_new_stood_at_its_default(copied):
+    values = read_toml(copied / "run.toml")
+    sections = {name: values[name] for name in ("data", "model", "method")}
+    older = {**values, "data": {k: v for k, v in values["data"].items() if k != "across_documents"}}
+    del older["model"]["experts"]
+    (copied / "run.toml").write_text(write_toml(older))
+    sections["model"] = {**sections["model"], "experts": 0}
+    check_same(copied, sections, {})
+    changed = {**sections, "data": {**sections["data"], "across_documents": True}}
+    with pytest.raises(ConfigError, match=r"data.across_documents = False, now True"):
+        check_same(copied, changed, {})
+    older["model"] |= {"experts": 0, "gone": 1}
+    (copied / "run.toml").write_text(write_toml(older))
+    with pytest.raises(ConfigError, match=r"model.gone = 1, now None"):
+        check_same(copied, sections, {})
 
 
 def test_resume_with_other_data_or_another_recipe(refused, corpus, copied, tuned_run):

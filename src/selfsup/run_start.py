@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from selfsup import config as configuration
-from selfsup import console, environment
+from selfsup import console, environment, registry
 from selfsup.config import RunConfig
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
@@ -32,10 +32,14 @@ def build_method(config: RunConfig, spec: Any) -> Objective:
 
 
 def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Resuming needs the same whole sections and the same facts; training may be prolonged."""
+    """Resuming needs the same whole sections and the same facts; training may be prolonged.
+
+    A key that this version knows and that of the run did not stood at its default.
+    """
     if not (path / "run.toml").exists():
         return  # stopped before the first line was written: there is nothing to differ from
     before = configuration.read_toml(path / "run.toml")
+    before |= {name: _completed(name, before[name]) for name in sections if name in before}
     pairs = {
         f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
         for section, values in sections.items()
@@ -48,6 +52,23 @@ def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> N
                 f"--resume: {path} was begun with {key} = {old!r}, now {new!r}; "
                 "use the same recipe, settings and data, or another --out"
             )
+
+
+def _completed(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A section with the defaults of the keys that it leaves out."""
+    table = registry.TABLES.get(section) or registry.TABLES.get(f"{section}s")
+    keys = dict(values)
+    name = keys.pop("name", None)
+    if table is None or name not in table:
+        return values
+    shape = getattr(registry.module_of(table, section, name), "Config", None)
+    if shape is None:
+        return values
+    try:
+        config = configuration.from_mapping(shape, keys, section)
+    except ConfigError:  # a key that is gone: it will be named as a difference
+        return values
+    return {"name": name, **configuration.to_mapping(config)}
 
 
 def check_fields(config: RunConfig, wanted: Sequence[str], given: Sequence[str]) -> None:
