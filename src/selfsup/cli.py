@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfsup import prep_verbs, verbs
+from selfsup import plan_verb, prep_verbs, verbs
 from selfsup.errors import SelfsupError
 
 EPILOG = """\
@@ -415,7 +415,7 @@ def _add_plan_verb(parsers: Any) -> None:
     p = _verb(
         parsers,
         "plan",
-        verbs.plan,
+        plan_verb.plan,
         "count parameters, FLOPs, memory and days of a model before training it",
         "  selfsup plan gpt3-175b --devices 1024 --tensor 8 --pipeline 8 --hardware a100\n"
         "  selfsup plan bert-base --hardware rtx4090 --tokens 3e9\n"
