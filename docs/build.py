@@ -115,8 +115,11 @@ def study(name: str) -> str:
         rows += [(f"scratch ({method})", scores[method], "scratch") for method in measured]
         rows += [("classical baseline", scores[method], "baseline") for method in measured[:1]]
         for label, of_method, arm in rows:
-            cells = [interval(of_method[task][tuning][arm]) for task in tasks if task in of_method]
-            shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in cells]
+            shown = []
+            for task in tasks:
+                found = of_method.get(task, {}).get(tuning, {}).get(arm)
+                mean, half = interval(found) if found else (0.0, 0.0)
+                shown.append(f"{mean:.3f} ± {half:.3f}" if found else "")
             lines.append(f"| {label} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + f"\n\n{source(result)}\n"
