@@ -287,6 +287,8 @@ def test_rules_by_hand():
 class TableWriter:
     """The next token depends on the last two alone, by a table: nothing is cached."""
 
+    parts = ()
+
     def __init__(self, rows: int, size: int):
         self.table = torch.randn(
             rows, size + 1, size + 1, size, generator=torch_generator(1, "table")

@@ -92,7 +92,7 @@ class Memory(NamedTuple):
 class View(NamedTuple):
     """What all layers share: rotary angles, who sees whom, the cache, an encoder's output."""
 
-    rotation: tuple[Tensor, Tensor] | None  # cosine, sine: (1 or batch, 1, time, half)
+    rotation: tuple[Tensor, Tensor] | None  # of `rotary_angles`: (1 or batch, 1, time, head_dim)
     # True where seen, (batch, 1, time, read); or float, added to the scores, (..., heads, ...)
     allowed: Tensor | None
     causal: bool  # the kernel hides the future itself

@@ -12,12 +12,24 @@ Axes: row: texts written side by side; beam: beginnings of one text; candidate: 
 enough of them go on when as many end; best: finished texts of a row; written: tokens; vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, final, runtime_checkable
+from functools import wraps
+from typing import (
+    Concatenate,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    final,
+    runtime_checkable,
+)
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
@@ -25,11 +37,18 @@ from selfsup.models.attention import Cache
 from selfsup.models.encoder import Encoder, Features
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.models.transformer import VocabularyHead
+from selfsup.models.weight_layout import by_column
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """A model in the middle of writing several rows."""
+    """A model in the middle of writing several rows.
+
+    Attributes:
+        parts: modules that are read for every token.
+    """
+
+    parts: tuple[nn.Module, ...]
 
     def next_logits(self, newest: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
         """Logits (float32) of what follows `newest`, the tokens written last; None: the first."""
@@ -56,7 +75,8 @@ class DecoderWriter:
         read: Features,
         unwritten: Bool[Tensor, " vocabulary"] | None = None,
     ):
-        self.model, self.read, self.unwritten = model, read, unwritten
+        self.model, self.read, self.unwritten = model, read, places(unwritten)
+        self.parts = (model,)
         self.cache = Cache()
 
     def next_logits(self, newest: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
@@ -90,7 +110,9 @@ class CausalWriter:
         prompts: Batch,
         unwritten: Bool[Tensor, " vocabulary"] | None = None,
     ):
-        self.encoder, self.head, self.prompts, self.unwritten = encoder, head, prompts, unwritten
+        self.encoder, self.head, self.prompts = encoder, head, prompts
+        self.unwritten = places(unwritten)
+        self.parts = encoder, head
         self.cache = Cache()
 
     def next_logits(self, newest: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
@@ -112,11 +134,16 @@ def last_real(features: Features) -> Float[Tensor, "batch dim"]:
     return features.last[torch.arange(len(last), device=last.device), last]
 
 
+def places(unwritten: Bool[Tensor, " vocabulary"] | None) -> Int[Tensor, " token"] | None:
+    """The tokens that are True; None where there are none."""
+    return unwritten.nonzero().squeeze(1) if unwritten is not None and unwritten.any() else None
+
+
 def without(
-    logits: Float[Tensor, "row vocabulary"], unwritten: Bool[Tensor, " vocabulary"] | None
+    logits: Float[Tensor, "row vocabulary"], unwritten: Int[Tensor, " token"] | None
 ) -> Float[Tensor, "row vocabulary"]:
-    """The logits with -inf at tokens that are never written."""
-    return logits if unwritten is None else logits.masked_fill(unwritten, -torch.inf)
+    """The logits, changed in place: -inf at tokens that are never written."""
+    return logits if unwritten is None else logits.index_fill_(1, unwritten, -torch.inf)
 
 
 def never_written(vocabulary: Vocabulary) -> Bool[Tensor, " vocabulary"]:
@@ -192,7 +219,25 @@ def filtered(
     return logits
 
 
-@torch.no_grad()
+Options = ParamSpec("Options")
+Written = TypeVar("Written")
+
+
+def writing(
+    write: Callable[Concatenate[Writer, Options], Written],
+) -> Callable[Concatenate[Writer, Options], Written]:
+    """Without gradients, and with weights that lie well for a few rows at a time."""
+
+    @wraps(write)
+    def inside(writer: Writer, *args: Options.args, **options: Options.kwargs) -> Written:
+        with torch.inference_mode(), by_column(*writer.parts):
+            written = write(writer, *args, **options)
+        return tree_map(torch.clone, written)  # as tensors that training may read
+
+    return inside
+
+
+@writing
 def sample(
     writer: Writer,
     rules: Rules,
@@ -261,7 +306,7 @@ def _taken(tokens: Tensor, beams: Int[Tensor, "row chosen"]) -> Int[Tensor, "row
     return tokens.gather(1, beams.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
 
 
-@torch.no_grad()
+@writing
 def beam_search(
     writer: Writer,
     rules: Rules,

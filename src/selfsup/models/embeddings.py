@@ -311,14 +311,16 @@ def document_positions(
 def rotary_angles(
     positions: Int[Tensor, "*batch time"], head_dim: int, base: float
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, each (1 or batch, 1, time, half), float32; half = head_dim / 2.
+    """Cosine, and sine with the signs that `rotate` needs: (1 or batch, 1, time, head_dim) float32.
 
-    Su et al. 2021, equation 15: pair i turns by position * base ** (-i / half).
+    Su et al. 2021, equation 15: pair (i, i + half) turns by position * base ** (-i / half), with
+    half = head_dim / 2.
     """
     even = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = torch.exp(even * (-math.log(base) / head_dim))  # radians per position
     angle = torch.atleast_2d(positions)[:, None, :, None] * frequency  # (batch, 1, time, half)
-    return angle.cos(), angle.sin()
+    sine = angle.sin()
+    return torch.cat((angle, angle), -1).cos(), torch.cat((-sine, sine), -1)
 
 
 def rotate(
@@ -326,5 +328,4 @@ def rotate(
 ) -> Float[Tensor, "*stack batch heads time head_dim"]:
     """Turns the pair (i, i + half) of every head by its angle."""
     first, second = x.chunk(2, -1)  # (..., time, half)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return torch.cat(turned, -1).to(x.dtype)
+    return torch.addcmul(x * cosine, torch.cat((second, first), -1), sine).to(x.dtype)
