@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError, DataError
-from selfsup.methods import ops
 from selfsup.methods.generative.causal_language import (
     CausalLanguage,
     Config,
 )
+from selfsup.methods.ops import follows
+from selfsup.methods.surprisal import MAX_LOGITS, surprisal
 from selfsup.models.decoding import filtered
 from selfsup.models.transformer import Config as Model
-from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.transformer import Projection, TransformerEncoder
 from selfsup.objective import Generates, Scores
 from selfsup.randomness import isolated, seed_layers, torch_generator
 
@@ -109,7 +110,7 @@ def test_an_encoder_that_sees_the_next_token_is_refused():
 
 def test_next_tokens_stay_in_their_document_and_end_with_its_end():
     batch = packed()
-    target, real = batch["tokens"][:, 1:], ops.follows(batch)
+    target, real = batch["tokens"][:, 1:], follows(batch)
     expected = []
     for row in range(3):
         for slot in range(11):
@@ -144,7 +145,8 @@ def test_loss_and_score_equal_a_loop(name, head):
 def test_surprisal_and_accuracy():
     logits = torch.randn(6, SIZE, generator=torch_generator(0, "logits")) * 4
     target = torch.tensor([3, 4, 5, 6, 7, int(logits[5].argmax())])
-    nats, hit = ops.surprisals(logits.bfloat16(), target, lambda hidden: hidden, SIZE)
+    projection = Projection(logits.bfloat16(), torch.eye(SIZE).bfloat16())
+    _, nats, hit = surprisal(projection, target, torch.ones(6))
     exact = logits.bfloat16().double()
     for i in range(6):
         expected = math.log(sum(math.exp(x) for x in exact[i].tolist())) - float(
@@ -188,7 +190,7 @@ def test_packed_documents_give_the_same_as_documents_alone():
 def test_chunked_projection_changes_nothing(monkeypatch):
     found = []
     for limit in (2**27, 7 * SIZE):
-        monkeypatch.setattr(ops, "MAX_LOGITS", limit)
+        monkeypatch.setitem(MAX_LOGITS, "cpu", limit)
         method = build(head="bert")
         output = method.loss(packed(), torch_generator(0, "loss"))
         output.loss.backward()

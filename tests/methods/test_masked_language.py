@@ -17,9 +17,9 @@ from selfsup.methods.generative.masked_language import (
     MaskedLanguage,
     choose,
     corrupt,
-    masked_loss,
     rearrange_pairs,
 )
+from selfsup.methods.ops import masked_loss
 from selfsup.models.transformer import Config as Model
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.randomness import isolated, numpy_generator, seed_layers, torch_generator

@@ -1,21 +1,18 @@
 """Maths that several methods share: projection heads, moving averages, similarities, collapse."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from selfsup.batch import Batch
 from selfsup.models.batch_norm import BatchNorm
 from selfsup.models.encoder import Features
 from selfsup.objective import Output
-
-MAX_LOGITS = 2**27  # held at once; 512 MiB in float32, as much again for their gradient
 
 
 def projection_head(
@@ -131,38 +128,6 @@ def masked_loss(
     return (loss * weight).sum() / total, (hit * weight).sum() / total
 
 
-def surprisals(
-    hidden: Float[Tensor, "items dim"],
-    target: Int[Tensor, " items"],
-    logits: Callable[[Tensor], Tensor],
-    vocabulary: int,
-) -> tuple[Float[Tensor, " items"], Bool[Tensor, " items"]]:
-    """-log p(target) in nats, float32, and whether the target was the likeliest token.
-
-    The projection runs over as many positions as `MAX_LOGITS` allows; where that takes several
-    chunks, their logits are computed again on the way back instead of being kept.
-
-    Args:
-        hidden: what predicts.
-        target: token ids.
-        logits: projects (items, dim) to (items, vocabulary).
-        vocabulary: number of token ids.
-    """
-
-    def predict(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits(hidden)
-        nats = F.cross_entropy(scores.float(), target, reduction="none")
-        return nats, scores.detach().argmax(-1) == target
-
-    size = max(1, MAX_LOGITS // vocabulary)
-    if len(hidden) <= size:
-        return predict(hidden, target)
-    pieces = zip(hidden.split(size), target.split(size), strict=True)
-    chunks = [checkpoint(predict, *piece, use_reentrant=False) for piece in pieces]
-    nats, hit = (torch.cat(part) for part in zip(*chunks, strict=True))
-    return nats, hit
-
-
 def follows(batch: Batch) -> Bool[Tensor, "batch next"]:
     """True where a token and the one before it are real and of the same document.
 
@@ -181,9 +146,10 @@ def follows(batch: Batch) -> Bool[Tensor, "batch next"]:
 
 
 def token_scores(
-    nats: Float[Tensor, "batch next"], real: Bool[Tensor, "batch next"]
+    nats: Float[Tensor, " items"], real: Bool[Tensor, "batch next"]
 ) -> dict[str, Tensor]:
     """What `Scores.score` gives, of -log p of each token after the first, and which count."""
+    nats = nats.view(real.shape)
     return {
         "log_probability": F.pad(torch.where(real, -nats, 0.0), (1, 0)),  # (batch, time)
         "scored": F.pad(real, (1, 0), value=False),

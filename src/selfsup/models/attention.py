@@ -9,6 +9,7 @@ that a decoder's encoder has read; heads; head_dim; half = head_dim / 2.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -102,18 +103,28 @@ class View(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
+    """Multi-head self-attention with one fused projection; without heads only the output's bias.
+
+    Attributes:
+        kept: (heads,) where heads were pruned and positions are relative: which of the distances'
+            numbers are these heads' own. None: all.
+    """
+
+    kept: Tensor | None
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float, bias: bool):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(dim, 3 * heads * head_dim, bias=bias)
-        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+        self.qkv = linear(dim, 3 * heads * head_dim, bias)
+        self.out = linear(heads * head_dim, dim, bias)
+        self.register_buffer("kept", None)
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
     ) -> Float[Tensor, "batch time dim"]:
         """Mixes the positions that `view` allows; `layer` is the place in the cache."""
+        if self.heads == 0:
+            return self.out(x[..., :0])
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (batch, time, 3, heads, head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, time, head_dim)
         queries, keys, values = qkv
@@ -121,15 +132,25 @@ class Attention(nn.Module):
             queries, keys = rotate(qkv[:2], *view.rotation)
         if view.cache is not None:
             keys, values = view.cache.append(layer, keys, values)
+        allowed = view.allowed
+        if self.kept is not None and allowed is not None:
+            allowed = allowed[:, self.kept]
         mixed = F.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=view.allowed,
+            attn_mask=allowed,
             is_causal=view.causal,
             dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
+
+
+def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A linear layer of which pruning may have left no inputs or no outputs."""
+    with warnings.catch_warnings():  # torch warns of tensors that it cannot fill
+        warnings.simplefilter("ignore", UserWarning)
+        return nn.Linear(inputs, outputs, bias=bias)
 
 
 class CrossAttention(nn.Module):

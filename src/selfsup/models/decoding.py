@@ -12,7 +12,7 @@ Axes: row: texts written side by side; beam: beginnings of one text; candidate: 
 enough of them go on when as many end; best: finished texts of a row; written: tokens; vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import (
@@ -42,13 +42,12 @@ from selfsup.models.weight_layout import by_column
 
 @runtime_checkable
 class Writer(Protocol):
-    """A model in the middle of writing several rows.
+    """A model in the middle of writing several rows."""
 
-    Attributes:
-        parts: modules that are read for every token.
-    """
-
-    parts: tuple[nn.Module, ...]
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """Modules that are read for every token."""
+        ...
 
     def next_logits(self, newest: Int[Tensor, " row"] | None) -> Float[Tensor, "row vocabulary"]:
         """Logits (float32) of what follows `newest`, the tokens written last; None: the first."""

@@ -25,7 +25,7 @@ from selfsup.models import transformer
 from selfsup.models.attention import Cache, Memory
 from selfsup.models.embeddings import InputEmbedding, TokenEmbedding
 from selfsup.models.encoder import Encoder, Features
-from selfsup.models.transformer import DecoderBlock, TransformerEncoder
+from selfsup.models.transformer import DecoderBlock, Projection, TransformerEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Config(transformer.Config):
         """The shape of the writing stack."""
         shape = {f.name: getattr(self, f.name) for f in fields(transformer.Config)}
         shape |= {"causal": True, "layers": self.decoder_layers or self.layers}
+        shape |= {"heads_left": (), "feedforward_left": ()}  # those are of the reading stack
         return transformer.Config(**{**shape, "segment_types": 0, "pooling": "last"})
 
 
@@ -161,5 +162,9 @@ class EncoderDecoder(Encoder):
 
     def logits(self, hidden: Float[Tensor, "*items dim"]) -> Float[Tensor, "*items vocabulary"]:
         """Scores of every token, in the autocast precision."""
+        return self.project(hidden).logits
+
+    def project(self, hidden: Float[Tensor, "*items dim"]) -> Projection:
+        """The product that gives the logits, not yet carried out."""
         table = self.embedding.tokens if self.output is None else self.output
-        return F.linear(hidden, table.weight)
+        return Projection(hidden, table.weight)

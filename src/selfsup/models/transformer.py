@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from selfsup.models.attention import (
     RelativeBias,
     View,
     attention_mask,
+    linear,
     past,
 )
 from selfsup.models.embeddings import (
@@ -97,6 +98,9 @@ class Config:
     conv_norm: Literal["group", "layer"] = "group"
     conv_positions: int = 0  # kernel of a convolution that tells positions (128); 0: none
     max_length: int = 512  # number of learned positions; the other kinds have no limit
+    # what pruning has left: heads and inner width of each layer (of the one that is shared); (): all
+    heads_left: tuple[int, ...] = ()
+    feedforward_left: tuple[int, ...] = ()
     dropout: float = 0.1  # on the embedding and on both halves of a block
     attention_dropout: float | None = None  # on the attention weights; None: the same as `dropout`
     bias: bool = True  # in the blocks' linear layers and in every layer normalisation
@@ -125,6 +129,8 @@ class Config:
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         kernels, strides = self.conv_kernels, self.conv_strides
+        blocks = 1 if self.share_layers else self.layers
+        width = self.feedforward_width
         rules = {
             f"conv_kernels and conv_strides must be as many positive numbers, got {kernels} and "
             f"{strides}": (
@@ -148,6 +154,13 @@ class Config:
             f"rotary_base must be above 1, got {self.rotary_base}": self.rotary_base <= 1,
             f"sinusoidal positions need an even embedding width, got {self.embedding_width}": (
                 self.positions == "sinusoidal" and self.embedding_width % 2
+            ),
+            f"heads_left needs a number from 0 to heads = {self.heads} for each of {blocks} layers, "
+            f"got {self.heads_left}": not _fits(self.heads_left, blocks, self.heads),
+            f"feedforward_left needs a width from 0 to {width} for each of {blocks} layers, and "
+            f"experts = 0, got {self.feedforward_left}": (
+                bool(self.feedforward_left)
+                and (self.experts > 0 or not _fits(self.feedforward_left, blocks, width))
             ),
             f"pooling = {self.pooling!r} reads the first token, which in a causal model sees "
             f"nothing else; use 'mean' or 'last'": (
@@ -175,6 +188,13 @@ class Config:
             return self.feedforward_dim or 64 * math.ceil(8 * self.dim / 3 / 64)
         return self.feedforward_dim or 4 * self.dim
 
+    def left(self, layer: int) -> tuple[int, int]:
+        """How many heads, and what inner width, one layer has."""
+        heads = self.heads_left[layer] if self.heads_left else self.heads
+        if not self.feedforward_left:
+            return heads, self.feedforward_width
+        return heads, self.feedforward_left[layer]
+
     def build_norm(self, width: int) -> nn.Module:
         """A normalisation over `width` features."""
         if self.norm_kind == "rms":
@@ -182,16 +202,19 @@ class Config:
         return nn.LayerNorm(width, self.norm_eps, bias=self.bias)
 
 
+def _fits(left: tuple[int, ...], blocks: int, most: int) -> bool:
+    return not left or (len(left) == blocks and 0 <= min(left) <= max(left) <= most)
+
+
 class Feedforward(nn.Module):
     """Two linear layers around an activation, which may gate the inner one (arXiv 2002.05202)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, inner: int):
         super().__init__()
-        inner = config.feedforward_width
         self.gated = config.activation in GATED
         self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1), bias=config.bias)
-        self.down = nn.Linear(inner, config.dim, bias=config.bias)
+        self.up = linear(config.dim, inner * (2 if self.gated else 1), config.bias)
+        self.down = linear(inner, config.dim, config.bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """Transforms each position by itself."""
@@ -221,7 +244,10 @@ class Block(nn.Module):
             config.dropout if rate is None else rate,
             config.bias,
         )
-        self.attention = Attention(*self.shape)
+        heads, inner = config.left(layer)
+        self.attention = Attention(config.dim, heads, *self.shape[2:])
+        if config.positions == "relative" and heads < config.heads:
+            self.attention.register_buffer("kept", torch.arange(heads))
         self.attention_norm = config.build_norm(config.dim)
         self.routed = config.experts > 0 and (layer + 1) % config.expert_every == 0
         self.feedforward: Feedforward | Experts = (
@@ -233,7 +259,7 @@ class Block(nn.Module):
                 config.expert_capacity,
             )
             if self.routed
-            else Feedforward(config)
+            else Feedforward(config, inner)
         )
         self.feedforward_norm = config.build_norm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -342,6 +368,29 @@ class TransformerEncoder(Encoder):
             DataError: rows longer than the learned positions, or a cache with packed rows.
             ConfigError: a cache for a bidirectional model.
         """
+        x, view, mask = self.begin(batch, cache, vectors, memory, causal)
+        hidden, routings = [x], []
+        for layer in range(self.num_layers):
+            x, routing = self.step(x, view, layer)
+            hidden.append(x)
+            if routing is not None:
+                routings.append(routing)
+        hidden[-1] = self.end(x)
+        penalty, metrics = summed(routings, self.config.balance_weight)
+        return Features(tuple(hidden), mask, self.pool(hidden[-1], mask), penalty, metrics)
+
+    def begin(
+        self,
+        batch: Batch,
+        cache: Cache | None = None,
+        vectors: Tensor | None = None,
+        memory: Memory | None = None,
+        causal: bool | None = None,
+    ) -> tuple[Float[Tensor, "batch time dim"], View, Bool[Tensor, "batch time"]]:
+        """What the first layer reads, what all layers share, and the mask; `forward` has the rest.
+
+        Whoever goes through the layers one by one calls `begin`, `step` for each of them, `end`.
+        """
         causal = self.config.causal if causal is None else causal
         vectors = self.embedding.vectors(batch) if vectors is None else vectors
         documents, real = batch.get("documents"), self.embedding.real(batch)
@@ -368,16 +417,17 @@ class TransformerEncoder(Encoder):
             allowed = self._with_distances(allowed, time, read, causal)
         in_kernel = causal and allowed is None and time == read
         view = View(self._rotation(positions), allowed, in_kernel, cache, real, memory)
-        hidden, routings = [x], []
-        for layer in range(self.num_layers):
-            x, routing = self.layers[layer % len(self.layers)](x, view, layer)
-            hidden.append(x)
-            if routing is not None:
-                routings.append(routing)
-        if self.final_norm is not None:
-            hidden[-1] = self.final_norm(x)
-        penalty, metrics = summed(routings, self.config.balance_weight)
-        return Features(tuple(hidden), mask, self._pool(hidden[-1], mask), penalty, metrics)
+        return x, view, mask
+
+    def step(
+        self, x: Float[Tensor, "batch time dim"], view: View, layer: int
+    ) -> tuple[Float[Tensor, "batch time dim"], Routing | None]:
+        """One layer, from 0 to `num_layers` - 1, and where its experts' tokens went."""
+        return self.layers[layer % len(self.layers)](x, view, layer)
+
+    def end(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
+        """What heads read of the last layer's output."""
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _with_distances(self, allowed: Tensor | None, time: int, read: int, causal: bool) -> Tensor:
         """What is added to the attention scores: numbers by distance, -inf where unseen."""
@@ -398,9 +448,10 @@ class TransformerEncoder(Encoder):
             return None
         return rotary_angles(positions, self.config.head_dim, self.config.rotary_base)
 
-    def _pool(
+    def pool(
         self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch dim"]:
+        """One vector of each row, as `pooling` says."""
         if self.config.pooling == "mean":
             return masked_mean(x, mask)
         slot = torch.arange(mask.shape[1], device=mask.device)
@@ -410,6 +461,41 @@ class TransformerEncoder(Encoder):
             chosen = torch.where(mask, slot, mask.shape[1] - 1).amin(1)  # (batch,)
         row = x[torch.arange(len(x), device=x.device), chosen]  # (batch, dim)
         return row if self.pooler is None else torch.tanh(self.pooler(row))
+
+
+def repacked(
+    x: Float[Tensor, "batch time dim"],
+    view: View,
+    mask: Bool[Tensor, "batch time"],
+    rows: Int[Tensor, " chosen"],
+) -> tuple[Tensor, View, Tensor]:
+    """These rows of a batch alone, between two steps, without padding that all of them end in.
+
+    What all rows share (angles, distances) stays shared. For a view without cache and memory.
+    """
+    num_rows, num_slots = mask.shape
+
+    def chosen(part: Tensor) -> Tensor:
+        return part[rows] if len(part) == num_rows else part
+
+    x, mask = x[rows], mask[rows]
+    rotation, allowed, real = view.rotation, view.allowed, view.real
+    if rotation is not None:
+        rotation = chosen(rotation[0]), chosen(rotation[1])
+    if allowed is not None:
+        allowed = chosen(allowed)
+    if real is not None:
+        num_left = int(mask.any(0).nonzero()[-1]) + 1
+        x, mask = x[:, :num_left], mask[:, :num_left]
+        real = None if bool(mask.all()) else mask
+        if rotation is not None:
+            rotation = rotation[0][..., :num_left, :], rotation[1][..., :num_left, :]
+        if allowed is not None:  # the slots of this batch are the last ones that are read
+            num_read = allowed.shape[-1] - num_slots + num_left
+            allowed = allowed[..., :num_left, :num_read]
+            if real is None and allowed.dtype == torch.bool and bool(allowed.all()):
+                allowed = None
+    return x, view._replace(rotation=rotation, allowed=allowed, real=real), mask
 
 
 def build_embedding(config: Config, spec: Spec) -> InputEmbedding:
@@ -457,6 +543,19 @@ def _waveform_embedding(config: Config, options: dict[str, Any]) -> WaveformEmbe
     )
 
 
+class Projection(NamedTuple):
+    """What is multiplied to give logits; the loss would rather not see them all at once."""
+
+    hidden: Float[Tensor, "*items width"]
+    weight: Float[Tensor, "vocabulary width"]
+    bias: Float[Tensor, " vocabulary"] | None = None
+
+    @property
+    def logits(self) -> Float[Tensor, "*items vocabulary"]:
+        """Scores of every token, in the autocast precision: lift them to float32 for a loss."""
+        return F.linear(*self)
+
+
 class VocabularyHead(nn.Module):
     """Hidden vectors to logits over the vocabulary, with the weights of the token table.
 
@@ -489,12 +588,16 @@ class VocabularyHead(nn.Module):
         self, hidden: Float[Tensor, "*items dim"], embedding: TokenEmbedding
     ) -> Float[Tensor, "*items vocabulary"]:
         """Logits of every token, in the autocast precision: lift them to float32 for the loss."""
+        return self.project(hidden, embedding).logits
+
+    def project(self, hidden: Float[Tensor, "*items dim"], embedding: TokenEmbedding) -> Projection:
+        """The last product that gives the logits, not yet carried out."""
         if self.transform:
             inner = self.activation(self.dense(hidden)).to(self.bias.dtype)
-            return F.linear(self.norm(inner), embedding.tokens.weight, self.bias)
+            return Projection(self.norm(inner), embedding.tokens.weight, self.bias)
         if embedding.projection is not None:
             hidden = hidden @ embedding.projection.weight  # (*items, width)
-        return F.linear(hidden, embedding.tokens.weight)
+        return Projection(hidden, embedding.tokens.weight)
 
 
 def initialise(module: nn.Module, std: float) -> None:

@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import follows, surprisals, token_scores
+from selfsup.methods.ops import follows, token_scores
+from selfsup.methods.surprisal import Surprisal, surprisal
 from selfsup.models.elmo import ElmoEncoder
 from selfsup.models.encoder import Encoder
+from selfsup.models.transformer import Projection
 from selfsup.objective import Objective, Output
 
 
@@ -76,28 +78,24 @@ class BidirectionalLanguage(Objective):
         """Reads in both directions, predicts, compares; only dropout is random."""
         real = follows(batch)
         total = real.sum()
-        forward, backward = (
-            torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
-            for nats in self._surprisals(batch)
-        )
+        share = real / total.clamp(min=1)
+        forward, backward = (found.loss for found in self._surprisals(batch, share))
         metrics = {"forward_loss": forward.detach(), "backward_loss": backward.detach()}
         return Output((forward + backward) / 2, total, metrics)
 
-    def _surprisals(self, batch: Batch) -> list[Float[Tensor, "batch next"]]:
-        """-log p in nats: of each next token from the left, of each one before from the right."""
+    def _surprisals(
+        self, batch: Batch, share: Float[Tensor, "batch next"]
+    ) -> tuple[Surprisal, Surprisal]:
+        """Of each next token from the left, and of each one before from the right."""
         tokens = batch["tokens"]
         left, right = self.encoder.dropout(self.encoder(batch).last).chunk(2, -1)
-        return [
-            self._nats(left[:, :-1], tokens[:, 1:]),
-            self._nats(right[:, 1:], tokens[:, :-1]),
-        ]
+        return (
+            surprisal(self._projection(left[:, :-1]), tokens[:, 1:], share),
+            surprisal(self._projection(right[:, 1:]), tokens[:, :-1], share),
+        )
 
-    def _nats(
-        self, hidden: Float[Tensor, "batch next dim"], target: Int[Tensor, "batch next"]
-    ) -> Float[Tensor, "batch next"]:
-        size = self.vocabulary.size
-        nats, _ = surprisals(hidden.flatten(0, 1), target.flatten(), self.head, size)
-        return nats.view(target.shape)
+    def _projection(self, hidden: Float[Tensor, "batch next dim"]) -> Projection:
+        return Projection(hidden, self.head.weight, self.head.bias)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> dict[str, Tensor]:
@@ -107,4 +105,5 @@ class BidirectionalLanguage(Objective):
             `log_probability` (batch, time) float32, in nats, 0 where there is none; `scored`
             (batch, time) bool, False at padding and at the first token of a document.
         """
-        return token_scores(self._surprisals(batch)[0], follows(batch))
+        real = follows(batch)
+        return token_scores(self._surprisals(batch, real.float())[0].nats, real)

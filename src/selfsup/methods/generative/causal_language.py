@@ -27,9 +27,11 @@ from torch import Tensor
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import follows, penalised, surprisals, token_scores
+from selfsup.methods.ops import follows, penalised, token_scores
+from selfsup.methods.surprisal import mean_surprisal, surprisal
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
-from selfsup.models.transformer import Cache, TransformerEncoder, VocabularyHead
+from selfsup.models.encoder import Features
+from selfsup.models.transformer import Cache, Projection, TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
 
 
@@ -60,6 +62,7 @@ class CausalLanguage(Objective):
     fields = ("tokens",)
     kept = ("encoder", "head")
     adds_penalty = True
+    encoder: TransformerEncoder
     unwritten: Tensor  # (vocabulary,) bool: never generated
 
     def __init__(self, config: Config, encoder: TransformerEncoder, vocabulary: Vocabulary):
@@ -79,21 +82,12 @@ class CausalLanguage(Objective):
         """Encodes, predicts, compares; nothing is random but the encoder's dropout."""
         target, real = batch["tokens"][:, 1:], follows(batch)
         features = self.encoder(batch)
-        nats, hit = self._surprisals(features.last, target)
-        total = real.sum()
-        loss = torch.where(real, nats, 0.0).sum() / total.clamp(min=1)
-        accuracy = (hit & real).sum() / total.clamp(min=1)
-        return penalised(Output(loss, total, {"accuracy": accuracy}), features)
+        loss, accuracy = mean_surprisal(self._projection(features), target, real)
+        return penalised(Output(loss, real.sum(), {"accuracy": accuracy}), features)
 
-    def _surprisals(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """`surprisals` after every position of (batch, time, dim) but the last: (batch, next)."""
-        nats, hit = surprisals(
-            hidden[:, :-1].flatten(0, 1),
-            target.flatten(),
-            lambda hidden: self.head(hidden, self.encoder.embedding),
-            self.vocabulary.size,
-        )
-        return nats.view(target.shape), hit.view(target.shape)
+    def _projection(self, features: Features) -> Projection:
+        """Of every position but the last, after which nothing comes: (batch, next, dim)."""
+        return self.head.project(features.last[:, :-1], self.encoder.embedding)
 
     @torch.no_grad()
     def score(self, batch: Batch, cache: Cache | None = None) -> dict[str, Tensor]:
@@ -109,8 +103,9 @@ class CausalLanguage(Objective):
             (batch, time) bool, False at padding and at the first token of a document. The
             perplexity per word is exp(-sum of log_probability / number of words).
         """
-        nats, _ = self._surprisals(self.encoder(batch, cache).last, batch["tokens"][:, 1:])
-        return token_scores(nats, follows(batch))
+        real = follows(batch)
+        projection = self._projection(self.encoder(batch, cache))
+        return token_scores(surprisal(projection, batch["tokens"][:, 1:], real.float()).nats, real)
 
     @torch.no_grad()
     def generate(

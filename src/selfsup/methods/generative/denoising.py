@@ -34,7 +34,8 @@ from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.generative import corruptions
 from selfsup.methods.generative.corruptions import Pair, Rows
-from selfsup.methods.ops import penalised, surprisals
+from selfsup.methods.ops import penalised
+from selfsup.methods.surprisal import mean_surprisal
 from selfsup.models.encoder import Encoder
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.objective import Objective, Output
@@ -166,16 +167,10 @@ class Denoising(Objective):
         known = target.mask & ~predicted  # of MASS: the encoder sees them
         shown = target.tokens.masked_fill(known, self.vocabulary.mask)
         written = self.encoder.decode(self.encoder.shifted(shown), read, target.mask)
-        nats, hit = surprisals(
-            written.last.flatten(0, 1),
-            target.tokens.flatten(),
-            self.encoder.logits,
-            self.vocabulary.size,
+        loss, accuracy = mean_surprisal(
+            self.encoder.project(written.last), target.tokens, predicted
         )
-        total, counted = predicted.sum(), predicted.flatten()
-        loss = torch.where(counted, nats, 0.0).sum() / total.clamp(min=1)
-        accuracy = (hit & counted).sum() / total.clamp(min=1)
-        return penalised(Output(loss, total, {"accuracy": accuracy}), read, written)
+        return penalised(Output(loss, predicted.sum(), {"accuracy": accuracy}), read, written)
 
     def corrupt(self, rows: Rows, generator: torch.Generator) -> Pair:
         """What the encoder reads of these rows, and what the decoder has to write."""

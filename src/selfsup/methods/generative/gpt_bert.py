@@ -34,7 +34,8 @@ from torch import Tensor
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.generative.corruptions import disguised, drawn
-from selfsup.methods.ops import follows, penalised, surprisals, token_scores
+from selfsup.methods.ops import follows, penalised, token_scores
+from selfsup.methods.surprisal import mean_surprisal, surprisal
 from selfsup.models.attention import Cache
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.encoder import Encoder, Features
@@ -85,6 +86,7 @@ class GPTBERT(Objective):
     fields = ("tokens",)
     kept = ("encoder", "head")
     adds_penalty = True
+    predicts_next = True
     encoder: TransformerEncoder
     ordinary: Tensor  # ids that may be predicted or drawn
     special: Tensor  # (vocabulary,) bool
@@ -164,18 +166,7 @@ class GPTBERT(Objective):
         real: Bool[Tensor, "rows slot"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """Mean surprisal (nats) and accuracy over the real slots."""
-        nats, hit = self._surprisals(hidden, target)
-        total = real.sum().clamp(min=1)
-        return torch.where(real, nats, 0.0).sum() / total, (hit & real).sum() / total
-
-    def _surprisals(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        nats, hit = surprisals(
-            hidden.flatten(0, 1),
-            target.flatten(),
-            lambda hidden: self.head(hidden, self.encoder.embedding),
-            self.vocabulary.size,
-        )
-        return nats.view(target.shape), hit.view(target.shape)
+        return mean_surprisal(self.head.project(hidden, self.encoder.embedding), target, real)
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Float[Tensor, "blank vocabulary"]:
@@ -201,8 +192,8 @@ class GPTBERT(Objective):
             (batch, time) bool, False at padding and at the first token of a document.
         """
         hidden = self.encoder(batch, cache, causal=True).last
-        nats, _ = self._surprisals(hidden[:, :-1], batch["tokens"][:, 1:])
-        return token_scores(nats, follows(batch))
+        real, projection = follows(batch), self.head.project(hidden[:, :-1], self.encoder.embedding)
+        return token_scores(surprisal(projection, batch["tokens"][:, 1:], real.float()).nats, real)
 
     @torch.no_grad()
     def generate(

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.methods.ops import masked_loss, penalised
+from selfsup.methods.ops import penalised
+from selfsup.methods.surprisal import mean_surprisal
 from selfsup.models.transformer import TransformerEncoder, VocabularyHead
 from selfsup.objective import Objective, Output
 
@@ -184,6 +185,7 @@ class MaskedLanguage(Objective):
     fields: tuple[str, ...] = ("tokens",)
     kept = ("encoder", "head", "sentence_head")
     adds_penalty = True
+    encoder: TransformerEncoder
     ordinary: Tensor  # ids that may be predicted or drawn
     special: Tensor  # (vocabulary,) bool
     continues: Tensor  # (vocabulary,) bool
@@ -234,10 +236,12 @@ class MaskedLanguage(Objective):
         )
         features = self.encoder({**batch, "tokens": corrupted})
         place = chosen.positions.unsqueeze(-1).expand(-1, -1, self.encoder.dim)
-        logits = self.head(
-            features.last.gather(1, place), self.encoder.embedding
-        )  # (batch, slot, vocabulary)
-        loss, accuracy = masked_loss(logits, tokens.gather(1, chosen.positions), chosen.real)
+        hidden = features.last.gather(1, place)  # (batch, slot, dim)
+        loss, accuracy = mean_surprisal(
+            self.head.project(hidden, self.encoder.embedding),
+            tokens.gather(1, chosen.positions),
+            chosen.real,
+        )
         metrics = {"mlm_loss": loss, "mlm_accuracy": accuracy}
         if label is not None:
             answer = self.sentence_head(features.pooled).float()
