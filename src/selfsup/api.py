@@ -34,7 +34,7 @@ from selfsup.evaluation.demonstrations import read_parts
 from selfsup.evaluation.gallery import gallery
 from selfsup.evaluation.metrics import METRICS
 from selfsup.files import write_json, write_text
-from selfsup.model_folder import Model, load_model, save_model
+from selfsup.model_folder import Base, Model, joined, load_model, save_model
 from selfsup.objective import Objective, Task
 from selfsup.run_start import (
     IDENTITY,
@@ -51,6 +51,8 @@ from selfsup.training.evaluate import evaluate as held_out_loss
 from selfsup.training.evaluate import evaluate_corpora
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
+from selfsup.tuning.choice import Tuning
+from selfsup.tuning.parts import trained
 
 Columns = dict[str, Any]
 SHOWN = {"fills": showcase.fills, "samples": showcase.samples, "pictures": gallery}
@@ -174,12 +176,14 @@ def finetune(
 
     Args:
         run: a pre-trained run folder.
-        task: classification, tagging, regression, span_qa or generation.
+        task: classification, tagging, regression, span_qa, generation or cloze.
         data: labelled training file.
         out: the run folder to make.
         valid: labelled validation file; its metric is followed while training.
-        tuning: full; probe for a frozen encoder; layer_mix for a learned mix of its layers.
-        settings: {"training.lr": 1e-3, "task.dropout": 0.0}.
+        tuning: which parameters move, names of `selfsup list tunings`: "full", "lora",
+            "adapter+bias". Unless it is full, the run holds only what was added, and names its base
+            by hash.
+        settings: {"training.lr": 1e-3, "task.dropout": 0.0, "tuning.lora.rank": 4}.
         columns: names of the columns `text`, `text_b` and `label`, where they are not the usual.
         max_length: longest item (a text in tokens, 128 by default); None: the kind's usual.
         resume: go on from the newest checkpoint in `out`.
@@ -194,35 +198,48 @@ def finetune(
     valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
     default = default_training(len(train_data), base.encoder.dim, task)
     default = replace(default, evaluations=5 if valid else 0)
-    values = {"task": {}, "training": configuration.to_mapping(default)}
+    values = {"task": {}, "training": configuration.to_mapping(default), "tuning": {}}
+    known = tuple(values)
     values = configuration.overridden(values, settings or {})
     for section in values:
-        if section not in ("task", "training"):
-            hint = nearest(section, ("task", "training"))
-            raise ConfigError(f"unknown section {section!r}{hint}")
+        if section not in known:
+            raise ConfigError(f"unknown section {section!r}{nearest(section, known)}")
+    chosen = Tuning.of(tuning, values["tuning"])
     module = registry.module_of(registry.TASKS, "task", task)
     task_config = configuration.from_mapping(module.Config, values["task"], "task")
     training = configuration.from_mapping(TrainingConfig, values["training"], "training")
     preprocessor = base.preprocessor.limited(max_length)
     folder = RunFolder(Path(out), resume)
     try:
+        built = new_task(
+            *(base.encoder, task, task_config, train_data),
+            tuning=chosen,
+            seed=training.seed,
+            preprocessor=preprocessor,
+            method=base.objective,
+        )
         sections = {
             "data": base.values["data"],
             "model": base.values["model"],
-            "task": {"name": task, **configuration.to_mapping(task_config)},
+            "task": {"name": task, **configuration.to_mapping(built.config)},
             "labels": {"names": list(train_data.names)},
         }
         extra = {
-            "tuning": {"name": tuning, "base": str(run), "max_length": max_length or 0},
+            "tuning": {
+                "name": tuning,
+                "base": str(run),
+                "max_length": max_length or 0,
+                **{name: keys for name, keys in chosen.values().items() if name != "names"},
+            },
             "training": configuration.to_mapping(training),
         }
         facts = {"labelled_examples": len(train_data)}
         if resume:
             same = {k: sections[k] for k in ("model", "task", "labels")}
             check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
-        built = new_task(
-            base.encoder, task, task_config, train_data, tuning=tuning, seed=training.seed
-        )
+        if not chosen.whole:
+            moved, every = trained(built)
+            console.say(f"{tuning}: {moved:,} of {every:,} parameters train ({moved / every:.2%})")
         write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
         fit(
             built,
@@ -232,8 +249,13 @@ def finetune(
             valid=valid_data,
             folder=folder,
         )
-        tunings = {"names": [*base.values.get("tuning", {}).get("names", ()), tuning]}
-        save_model(folder.path / "model", built, {**sections, "tuning": tunings}, preprocessor)
+        if chosen.whole:  # the base is not needed any more: what it had added is said here
+            tunings = joined(base.values.get("tuning"), chosen.values())
+            save_model(folder.path / "model", built, sections | {"tuning": tunings}, preprocessor)
+        else:
+            tunings, start = chosen.values(), Base(Path(run), base)
+            sections |= {"tuning": tunings}
+            save_model(folder.path / "model", built, sections, preprocessor, start)
     finally:
         folder.close()
     return folder.path
@@ -308,6 +330,7 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
     truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
     names = {
         "classification": ("accuracy", "macro_f1", "matthews"),
+        "cloze": ("accuracy", "macro_f1", "matthews"),
         "tagging": ("accuracy", "macro_f1"),
         "regression": ("pearson", "spearman"),
         "span_qa": ("exact_match", "answer_f1"),

@@ -1,14 +1,16 @@
 """A run's `model/` folder: what a user keeps, and the `Model` that loading it gives.
 
 model/config.toml        format, encoder, method or task, label names, the weights' sha256
-model/model.safetensors  the weights of the modules in `kept`
+model/model.safetensors  the weights of the modules in `kept`; of a run that was tuned without
+                         moving the encoder's weights, only those that its base does not have
 model/tokenizer.json     or another preprocessor's file
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
 from selfsup.randomness import isolated, seed_layers, torch_generator
 from selfsup.training.checkpoint import load_tensors, load_weights, save_tensors
 from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
+from selfsup.tuning.parts import OWN, Where, wrapped
 
 if TYPE_CHECKING:
     from selfsup.evaluation.anomaly import Anomaly
@@ -60,7 +63,13 @@ def kept_weights(objective: Objective) -> dict[str, torch.Tensor]:
     return {k: v for k, v in objective.state_dict().items() if k.startswith(prefixes)}
 
 
-def save_model(path: Path, objective: Objective, values: dict[str, Any], preprocessor: Any) -> None:
+def save_model(
+    path: Path,
+    objective: Objective,
+    values: dict[str, Any],
+    preprocessor: Any,
+    base: "Base | None" = None,
+) -> None:
     """Writes the folder whole.
 
     Args:
@@ -69,13 +78,79 @@ def save_model(path: Path, objective: Objective, values: dict[str, Any], preproc
         values: sections `data` (its name), `model` and `method` or `task`, and for a task `labels`
             and `tuning` (`names`, the oldest first).
         preprocessor: what a user's items go through.
+        base: whose weights are not written again where they are the same.
     """
+    weights = kept_weights(objective)
+    if base is not None:
+        values = {**values, "base": base.values(path)}
+        weights = without_base(weights, objective.encoder, base.model.encoder)
     with whole_folder(path) as aside:
-        save_tensors(aside / "model.safetensors", kept_weights(objective))
+        save_tensors(aside / "model.safetensors", weights)
         hashes = {"model.safetensors": sha256(aside / "model.safetensors")}
         document = {"format": FORMAT, **values, "sha256": hashes}
         (aside / "config.toml").write_text(write_toml(document))
         preprocessor.save(aside)
+
+
+def without_base(
+    weights: dict[str, torch.Tensor], encoder: Encoder, base: Encoder
+) -> dict[str, torch.Tensor]:
+    """The weights that differ from those of the base that the encoder began as."""
+    prefix = _place_of(base, encoder)
+    known = {prefix + name: value for name, value in base.state_dict().items()}
+    return {
+        key: value
+        for key, value in weights.items()
+        if key not in known or not torch.equal(value.cpu(), known[key].cpu())
+    }
+
+
+def _place_of(base: Encoder, encoder: Encoder) -> str:
+    """What a task calls the base's weights, its `encoder` being the base or around it."""
+    depth = len(list(wrapped(encoder))) - len(list(wrapped(base)))
+    return "encoder." * (depth + 1)
+
+
+class Base(NamedTuple):
+    """The run that another one was tuned from."""
+
+    run: Path
+    model: "Model"
+
+    def values(self, path: Path) -> dict[str, Any]:
+        """How a `model/` folder names it: from there, absolutely, and by its weights' sha256."""
+        return {
+            "path": os.path.relpath(self.run, path),
+            "absolute": str(self.run.resolve()),
+            **self.identity(),
+        }
+
+    def identity(self) -> dict[str, str]:
+        """The sha256 of its weights."""
+        return {"sha256": self.model.values["sha256"]["model.safetensors"]}
+
+
+def load_base(path: Path, section: dict[str, str]) -> "Model":
+    """The base of the run whose `model/` folder is `path`.
+
+    Raises:
+        CheckpointError: it is not there, or has other weights.
+    """
+    places = [path / section["path"], Path(section["absolute"])]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: was tuned from {section['absolute']}, which is not there; put it back, or "
+            f"name its new place as `absolute` under [base] in {path / 'config.toml'}"
+        )
+    model = load_model(found, "cpu")
+    if Base(found, model).identity()["sha256"] != section["sha256"]:
+        raise CheckpointError(
+            f"{path}: was tuned from another model than {found} holds now: its weights' sha256 "
+            f"was {section['sha256'][:12]}..., this one's is "
+            f"{Base(found, model).identity()['sha256'][:12]}..."
+        )
+    return model
 
 
 def load_model(run: str | Path, device: str = "auto") -> "Model":
@@ -108,7 +183,9 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
     preprocessor = data_module.load_preprocessor(path)
     model_module = registry.module_of(registry.MODELS, "model", model_name)
     config = from_mapping(model_module.Config, model, "model")
-    encoder = build_encoder(model_name, config, preprocessor.spec, seed=0)
+    base = load_base(path, values["base"]) if "base" in values else None
+    encoder = base.encoder if base else build_encoder(model_name, config, preprocessor.spec, seed=0)
+    of_base = list(encoder.state_dict()) if base else []
     names = tuple(values.get("labels", {}).get("names", ()))
     module = registry.module_of(registry.TABLES[kind], kind[:-1], objective_name)
     objective = build_objective(
@@ -119,12 +196,31 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
         preprocessor.spec if kind == "methods" else names,
         seed=0,
     )
-    for tuning in values.get("tuning", {}).get("names", ()):  # what each of them added
-        registry.resolve(registry.TUNINGS, "tuning", tuning)(objective)
+    if kind == "tasks" and "tuning" in values:
+        retune(objective, values["tuning"], preprocessor)
     weights = _verified_weights(path, values)
-    others = {k: v for k, v in objective.state_dict().items() if k not in kept_weights(objective)}
+    kept = set(kept_weights(objective))
+    if base:
+        kept -= {_place_of(encoder, objective.encoder) + name for name in of_base}
+        values["tuning"] = joined(base.values.get("tuning"), values["tuning"])
+    others = {k: v for k, v in objective.state_dict().items() if k not in kept}
     load_weights(objective, {**others, **weights}, str(path / "model.safetensors"))
     return Model(objective, preprocessor, names, values, device)
+
+
+def joined(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:
+    """One section of tunings out of those of a base and those that came later."""
+    before = before or {"names": []}
+    return {**before, **after, "names": [*before["names"], *after["names"]]}
+
+
+def retune(task: Task, section: dict[str, Any], preprocessor: Any, name: str = OWN) -> None:
+    """Adds to a task's encoder what its tunings, named in a configuration, have added."""
+    from selfsup.tuning.choice import Tuning, tune  # its tunings import tasks
+
+    for one in section["names"]:
+        options = {one: section[one]} if one in section else {}
+        tune(task, Tuning.of(one, options), Where(name, preprocessor))
 
 
 def _verified_weights(path: Path, values: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -340,12 +436,27 @@ class Model:
         tagging = self.values["task"]["name"] == "tagging"
         if tagging:
             items = [item.split() if isinstance(item, str) else list(item) for item in items]
-        for numbers, batch in self._batches(items, batch_size):
+        for numbers, batch in self._rows(items, batch_size):
             with self._inference():
                 values, scores = self.objective.predict(batch)
             for row, number in enumerate(numbers):
                 num_words = len(items[number]) if tagging else None
                 yield number, values[row], scores[row], num_words
+
+    def _rows(self, items: Sequence[Any], size: int) -> Iterable[tuple[list[int], Batch]]:
+        """What the task reads: of its data set, where that makes other rows than `_batches`."""
+        from selfsup.evaluation.adapt import rows_of  # it imports this module
+
+        if not self.objective.own_rows or not items:  # type: ignore[union-attr]
+            yield from self._batches(items, size)
+            return
+        task, nothing = self.values["task"]["name"], [None] * len(items)
+        unlabelled = Labelled(task, list(items), nothing, self.names, "items")
+        rows = rows_of(self.objective, self.preprocessor, unlabelled)  # type: ignore[arg-type]
+        order = np.argsort(rows.lengths, kind="stable")  # type: ignore[arg-type]
+        for first in range(0, len(order), size):
+            numbers = order[first : first + size]
+            yield numbers.tolist(), to_device(rows.batch(numbers), self.device)
 
     def score(self, items: Sequence[str], batch_size: int = 16) -> list[float]:
         """Log-probability (nats) of each text, summed over its tokens.

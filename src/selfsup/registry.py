@@ -53,6 +53,7 @@ METHODS = {
         "selfsup.methods.generative.bidirectional_language:BidirectionalLanguage"
     ),
     "denoising": "selfsup.methods.generative.denoising:Denoising",
+    "distilled_language": "selfsup.methods.generative.distilled_language:DistilledLanguage",
     "gpt_bert": "selfsup.methods.generative.gpt_bert:GPTBERT",
     "masked_series": "selfsup.methods.generative.masked_series:MaskedSeries",
     "apc": "selfsup.methods.generative.apc:APC",
@@ -64,11 +65,13 @@ TASKS = {
     "regression": "selfsup.tasks.regression:Regression",
     "span_qa": "selfsup.tasks.span_qa:SpanQA",
     "generation": "selfsup.tasks.generation:Generation",
+    "cloze": "selfsup.tasks.cloze:Cloze",
 }
 TUNINGS = {
     "full": "selfsup.tuning.full:full",
     "probe": "selfsup.tuning.probe:probe",
     "layer_mix": "selfsup.tuning.layer_mix:layer_mix",
+    "lora": "selfsup.tuning.lora:lora",
 }
 # A study is a function that gives what is to be recorded: no class, and no section of a recipe.
 STUDIES = {
@@ -104,4 +107,10 @@ def summary(target: str) -> str:
 def recipe_paths() -> dict[str, Path]:
     """The named recipes: one TOML file each."""
     folder = Path(__file__).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def suite_paths() -> dict[str, Path]:
+    """The named suites of tasks: one TOML file each."""
+    folder = Path(__file__).parent / "suites"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -14,8 +14,8 @@ from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.randomness import torch_generator
 from selfsup.registry import MODELS, TASKS, module_of, resolve
 from selfsup.tasks import classification
-from selfsup.tuning.full import full
-from selfsup.tuning.layer_mix import MixedEncoder, layer_mix
+from selfsup.tuning.choice import Tuning, tune
+from selfsup.tuning.layer_mix import MixedEncoder
 
 SIZE, LAYERS, DIM = 8, 2, 4
 
@@ -81,7 +81,7 @@ def test_the_mix_equals_equation_1(layer_norm):
 
 def test_it_begins_with_the_mean_of_all_layers():
     task = classifier()
-    layer_mix(task)
+    tune(task, Tuning.of("layer_mix"))
     features = task.encoder(BATCH)
     mean = torch.stack(features.hidden[:-1]).mean(0)
     torch.testing.assert_close(features.last, mean, rtol=0, atol=1e-6)
@@ -90,7 +90,7 @@ def test_it_begins_with_the_mean_of_all_layers():
 @pytest.mark.parametrize("pooling", ["mean", "encoder", "cls"])
 def test_only_the_mix_and_the_head_get_gradients(pooling):
     task = classifier(pooling)
-    layer_mix(task)
+    tune(task, Tuning.of("layer_mix"))
     task.train()
     trained = {"encoder.scores", "encoder.gamma", "head.weight", "head.bias"}
     assert gradient_names(task) == trained
@@ -100,12 +100,12 @@ def test_only_the_mix_and_the_head_get_gradients(pooling):
 def test_the_frozen_encoder_is_without_dropout_and_a_trained_one_is_not():
     task = classifier()
     assert task.encoder.dropout.training
-    layer_mix(task)
+    tune(task, Tuning.of("layer_mix"))
     assert not task.encoder.encoder.dropout.training  # at once, before any call of train
     task.train()
     assert task.training
     assert not task.encoder.encoder.dropout.training
-    full(task)
+    tune(task, Tuning.of("full"))
     task.train()
     assert task.encoder.encoder.dropout.training
     assert "encoder.encoder.tokens.weight" in gradient_names(task)
@@ -117,7 +117,7 @@ def test_the_weights_find_the_layer_that_knows():
     with torch.no_grad():
         for layer in task.encoder.layers:
             layer.weight.zero_()
-    layer_mix(task)
+    tune(task, Tuning.of("layer_mix"))
     optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=0.05)
     generator = torch_generator(0, "labels")
     mask = torch.ones(16, 1, dtype=torch.bool)
@@ -142,7 +142,7 @@ def test_models_of_the_registry_can_be_mixed(name):
     task = resolve(TASKS, "task", "tagging")(
         module_of(TASKS, "task", "tagging").Config(), encoder, ("a", "b")
     )
-    layer_mix(task)
+    tune(task, Tuning.of("layer_mix"))
     label = torch.tensor([[0, 1, -100], [1, 0, -100]])
     task.loss({**BATCH, "label": label}, torch_generator(0, "loss")).loss.backward()
     assert task.encoder.gamma.grad is not None

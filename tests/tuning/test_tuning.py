@@ -5,8 +5,8 @@ from torch import nn
 from selfsup.models.encoder import Encoder, Features
 from selfsup.randomness import torch_generator
 from selfsup.tasks import classification, regression, tagging
-from selfsup.tuning.full import full, trained_parameters
-from selfsup.tuning.probe import probe
+from selfsup.tuning.choice import Tuning, tune
+from selfsup.tuning.parts import trained as trained_parameters
 
 NAMES = ("a", "b")
 TASKS = {
@@ -60,7 +60,7 @@ def state_of(module):
 @pytest.mark.parametrize("name", TASKS)
 def test_probe_leaves_the_encoder_untouched(name):
     task = TASKS[name]()
-    probe(task)
+    tune(task, Tuning.of("probe"))
     encoder, head = state_of(task.encoder), state_of(task.head)
     train(task, name)
     for key, value in task.encoder.state_dict().items():  # weights and running statistics
@@ -73,7 +73,7 @@ def test_probe_leaves_the_encoder_untouched(name):
 def test_probe_has_no_dropout_in_the_encoder_but_in_the_head(name):
     task = TASKS[name]()
     assert task.encoder.dropout.training
-    probe(task)
+    tune(task, Tuning.of("probe"))
     assert not task.encoder.dropout.training  # at once, before any call of train
     task.train()
     assert not any(module.training for module in task.encoder.modules())
@@ -89,8 +89,8 @@ def test_probe_has_no_dropout_in_the_encoder_but_in_the_head(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_full_trains_everything(name):
     task = TASKS[name]()
-    probe(task)
-    full(task)
+    tune(task, Tuning.of("probe"))
+    tune(task, Tuning.of("full"))
     task.train()
     assert task.encoder.dropout.training
     before = state_of(task)
@@ -103,6 +103,6 @@ def test_trained_parameters():
     task = TASKS["classification"]()
     encoder, head = 8 * 4 + 2 * 4, 4 * 2 + 2
     assert trained_parameters(task) == (encoder + head, encoder + head)
-    probe(task)
+    tune(task, Tuning.of("probe"))
     assert trained_parameters(task) == (head, encoder + head)
     assert trained_parameters(task.encoder) == (0, encoder)

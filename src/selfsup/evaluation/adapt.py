@@ -6,19 +6,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from selfsup import console, registry
+from selfsup import console
 from selfsup.data.dataset import LabelledDataset, Preprocessor
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import build_objective
 from selfsup.models.encoder import Encoder
-from selfsup.objective import Task
+from selfsup.objective import Objective, Task
 from selfsup.randomness import Order
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast, pick_dtype, to_device
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
+from selfsup.tuning.choice import Tuning, tune
+from selfsup.tuning.parts import Where
 
 PASSES = 5  # over the labels, once there are many
 MAX_WRITING_STEPS = 10_000
@@ -49,7 +51,15 @@ def default_training(num_labels: int, dim: int, task: str = "") -> TrainingConfi
 
 
 def new_task(
-    encoder: Encoder, name: str, config: Any, train_data: Labelled, *, tuning: str, seed: int
+    encoder: Encoder,
+    name: str,
+    config: Any,
+    train_data: Labelled,
+    *,
+    tuning: str | Tuning,
+    seed: int,
+    preprocessor: Any = None,
+    method: Objective | None = None,
 ) -> Task:
     """A task on a copy of an encoder, ready to be trained.
 
@@ -58,18 +68,26 @@ def new_task(
         name: a task of `registry.TASKS`.
         config: that task's `Config`.
         train_data: labelled examples: their names, or mean and spread of their numbers.
-        tuning: a name of `registry.TUNINGS`: which parameters move.
-        seed: decides the head's initial weights.
+        tuning: which parameters move: names of `registry.TUNINGS`, or with options.
+        seed: decides the initial weights of the head, and of what the tuning adds.
+        preprocessor: the encoder's own, for tunings that begin from words.
+        method: what the encoder was pre-trained with, for tasks that keep its head.
     """
+    if isinstance(tuning, str):
+        tuning = Tuning.of(tuning)
     task = build_objective("tasks", name, config, copy.deepcopy(encoder), train_data.names, seed)
     if name == "regression":
         task.fit_labels(train_data.labels)
-    if name == "generation" and tuning in ("probe", "layer_mix"):
+    if name == "cloze":
+        task.begin(method, train_data.items, train_data.labels)
+    if name == "generation" and tuning.text in ("probe", "layer_mix"):
         raise ConfigError(
-            f"generation has no head beside the encoder, and tuning {tuning!r} freezes that: use "
-            "full"
+            f"generation has no head beside the encoder, and tuning {tuning.text!r} freezes that: "
+            "use full or lora"
         )
-    registry.resolve(registry.TUNINGS, "tuning", tuning)(task)
+    if name == "cloze" and tuning.text == "layer_mix":
+        raise ConfigError("the head of a cloze reads the last layer, not a mix: use another tuning")
+    tune(task, tuning, Where(preprocessor=preprocessor), seed)
     return task
 
 

@@ -10,6 +10,7 @@ Axes: batch; time; dim; layer: the embedding and every layer after it.
 Deviation: the task reads the mix alone; in the paper it is joined to the task's own word vectors.
 """
 
+from dataclasses import dataclass
 from typing import Self, final
 
 import torch
@@ -19,6 +20,15 @@ from torch import nn
 from selfsup.batch import Batch
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Task
+from selfsup.tuning.parts import Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the layers are mixed."""
+
+    layer_norm: bool = False
+    """Normalise each layer at each position first (section 3.2: "in some cases it also helped")."""
 
 
 @final
@@ -29,8 +39,7 @@ class MixedEncoder(Encoder):
 
     Args:
         encoder: whose layers are mixed; all are of one width.
-        layer_norm: normalise each layer at each position first (section 3.2: "in some cases it also
-            helped").
+        layer_norm: normalise each layer at each position first.
 
     Attributes:
         scores: (layer,), the weights before the softmax.
@@ -64,9 +73,6 @@ class MixedEncoder(Encoder):
         )
 
 
-def layer_mix(task: Task) -> None:
-    """Freezes the encoder and puts a mix of its layers between it and the head."""
-    task.requires_grad_(True)
-    task.encoder.requires_grad_(False)
-    task.encoder = MixedEncoder(task.encoder)
-    task.train(task.training)  # takes the frozen encoder out of training mode now
+def layer_mix(task: Task, config: Config, where: Where) -> None:
+    """Puts a mix of the encoder's layers between it and the head."""
+    task.encoder = MixedEncoder(task.encoder, config.layer_norm)
