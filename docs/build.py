@@ -22,6 +22,11 @@ and the tables of a study of methods between these:
 
     <!-- study: NAME -->
     <!-- end -->
+
+and the table of a comparison of several tunings, what each scores and costs, between these:
+
+    <!-- tunings: NAME -->
+    <!-- end -->
 """
 
 import json
@@ -33,7 +38,9 @@ from selfsup.reporting.evidence import arm_name, interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-BLOCK = re.compile(r"(<!-- (result|probes|bench|study): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (result|probes|bench|study|tunings): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 PAGES = ("README.md", "README.zh.md", "docs/results.md", "docs/benchmarks.md", "docs/language.md")
 
 
@@ -125,6 +132,31 @@ def study(name: str) -> str:
     return "\n\n".join(parts) + f"\n\n{source(result)}\n"
 
 
+def tunings(name: str) -> str:
+    """Tunings of a pre-trained network: score by number of labels, then what each costs."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
+    result = read(name)
+    counts = [str(count) for count in result["label_counts"]]
+    head = [*(f"{count} labels" for count in counts), "trained", "share", "one step", "memory"]
+    lines = [f"| tuning | {' | '.join(head)} | saved |", f"|---|{'---|' * len(head)}---|"]
+    for tuning, found in result["tunings"].items():
+        cells = []
+        for count in counts:
+            mean, half = interval(found["scores"][count])
+            cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
+        cells += [f"{found['trained']:,}", f"{found['share']:.2%}"]
+        cells += [f"{1000 * found['step_seconds']:.3g} ms", f"{found['memory'] / 1e6:.1f} MB"]
+        lines.append(f"| {tuning} | {' | '.join(cells)} | {found['file_bytes'] / 1e6:.2f} MB |")
+    what = f"{result['task']}, {result['metric']} on {result['test_size']:,} test examples"
+    note = (
+        "time of a step: forward and backward; its memory: what is kept for backward, gradients "
+        "and moments of what is trained, all weights"
+    )
+    rows = "\n".join(lines)
+    return f"{what}, mean and 95% interval; {note}:\n\n{rows}\n\n{source(result)}\n"
+
+
 def comparison(result: dict) -> str:
     """Arms by number of labels: mean and 95% interval over the seeds."""
     arms = result["scores"]
@@ -163,6 +195,7 @@ def built(text: str) -> str:
             "result": table,
             "probes": lambda names: probes(names.split()),
             "study": study,
+            "tunings": tunings,
             "bench": lambda names: benchmarks(names.split()),
         }
         return head + made[kind](names) + tail

@@ -13,7 +13,7 @@ from selfsup.training.checkpoint import checkpoint_paths
 
 COMPARE_KEYS = {
     *("task", "metric", "test_size", "label_counts", "arms", "seconds", "seeds", "tuning"),
-    *("baseline_names", "learning_rates", "sweep", "curves", "unit", "command"),
+    *("baseline_names", "learning_rates", "sweep", "curves", "unit", "command", "tunings"),
 }
 GOOD = "the film was wonderful and the end of the film was great ."
 BAD = "the meal was terrible and the end of the meal was awful ."

@@ -8,8 +8,8 @@ import pytest
 
 import selfsup
 
-NAMES = ["Model", "compare", "evaluate", "export", "finetune", "import_", "load", "pretrain"]
-NAMES += ["prompt", "report"]
+NAMES = ["Model", "compare", "evaluate", "export", "finetune", "import_", "load"]
+NAMES += ["load_many", "pretrain", "prompt", "report"]
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "tokenizers", "pyarrow", "matplotlib", "rich"}
 # Runs a command line and tells on the last line of the standard error what it imported.
 WATCHED = f"""

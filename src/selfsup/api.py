@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from selfsup.training.evaluate import evaluate as held_out_loss
 from selfsup.training.evaluate import evaluate_corpora
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
+from selfsup.tuned_models import TunedModels
 from selfsup.tuning.choice import Tuning
 from selfsup.tuning.parts import trained
 
@@ -72,6 +73,23 @@ def load(run: str | Path, device: str = "auto") -> Model:
         CheckpointError: there is no finished model, or it is damaged.
     """
     return load_model(run, device)
+
+
+def load_many(
+    base: str | Path, runs: Mapping[str, str | Path], device: str = "auto"
+) -> TunedModels:
+    """Loads one base and many runs tuned from it: `.predict(items, names)` mixes them in a batch.
+
+    Args:
+        base: the run folder that the others were tuned from.
+        runs: their folders by the names that `predict` is to know: {"mood": "runs/mood-lora"}.
+        device: auto, cpu or cuda.
+
+    Raises:
+        CheckpointError: a run is not finished, or was tuned from another base.
+        ConfigError: a run holds an encoder of its own.
+    """
+    return TunedModels(base, runs, device)
 
 
 def pretrain(
@@ -363,7 +381,8 @@ def compare(
         test: labelled test file; by default split off `data`.
         columns: as for `finetune`.
         out: another place for the JSON file.
-        settings: fields of `evaluation.compare.Settings`: label_counts, seeds, lrs, steps, tuning.
+        settings: fields of `evaluation.compare.Settings`: label_counts, seeds, lrs, steps, tuning
+            ("full,lora,probe" compares these), tuning_options ({"lora": {"rank": 16}}).
 
     Returns:
         what the file holds.
@@ -555,18 +574,25 @@ def report(
     return write_report(paths, Path(out) if out else paths[0] / "report.html")
 
 
-def import_(source: str | Path, out: str | Path) -> Path:
+def import_(source: str | Path, out: str | Path, base: str | Path | None = None) -> Path:
     """Makes a finished run of a published checkpoint; see `interop.transformers`.
 
     Args:
-        source: a folder of `transformers` with safetensors, or a name on the Hugging Face Hub.
+        source: a folder of `transformers` with safetensors, a name on the Hugging Face Hub, or a
+            folder of PEFT: see `interop.peft`.
         out: the run folder to make.
+        base: for a folder of PEFT: a run of the model that it was trained over.
 
     Returns:
         the run folder: `finetune`, `compare`, `load` and the others take it as one of their own.
     """
+    from selfsup.interop.peft import import_adapter, is_adapter
     from selfsup.interop.transformers import import_run
 
+    if base is not None:
+        return import_adapter(source, base, out)
+    if is_adapter(source):
+        raise ConfigError(f"{source}: an adapter of PEFT: give a run of its model as --base")
     return import_run(source, out)
 
 
@@ -576,7 +602,7 @@ def export(run: str | Path, out: str | Path, to: str = "transformers") -> Path:
     Args:
         run: a run folder with a transformer of text.
         out: the folder to make.
-        to: transformers, the only one so far.
+        to: transformers; or peft: what a run tuned with lora, ia3, prefix or soft_prompt adds.
 
     Returns:
         the folder.
@@ -584,11 +610,13 @@ def export(run: str | Path, out: str | Path, to: str = "transformers") -> Path:
     Raises:
         ConfigError: the library has no architecture that computes this model.
     """
+    from selfsup.interop.peft import export_adapter
     from selfsup.interop.transformers import export_run
 
-    if to != "transformers":
-        raise ConfigError(f"cannot export to {to!r}; known: transformers")
-    return export_run(run, out)
+    writers = {"transformers": export_run, "peft": export_adapter}
+    if to not in writers:
+        raise ConfigError(f"cannot export to {to!r}{nearest(to, writers)}")
+    return writers[to](run, out)
 
 
 def say_next(run: Path) -> None:

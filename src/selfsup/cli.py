@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfsup import plan_verb, prep_verbs, verbs
+from selfsup import distill_verb, merge_verb, pet_verb, plan_verb, prep_verbs, prune_verb, verbs
 from selfsup.errors import SelfsupError
 
 EPILOG = """\
@@ -74,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_using_verbs(parsers)
     _add_prompt(parsers)
     _add_looking_verbs(parsers)
+    _add_distill_verb(parsers)
+    _add_few_label_verbs(parsers)
+    _add_prune_verb(parsers)
+    _add_merge_verb(parsers)
     _add_plan_verb(parsers)
     _add_study_verb(parsers)
     _add_preparing_verbs(parsers)
@@ -144,7 +148,9 @@ def _add_training_verbs(parsers: Any) -> None:
         "measure what pre-training was worth: against scratch and a classical baseline",
         "  selfsup compare runs/mine --task classification --data reviews.csv\n"
         "  selfsup compare runs/mine --task tagging --data train.conllu --valid dev.conllu \\\n"
-        "      --test test.conllu --labels 50 300 2000 --seeds 0 1 2 3 4",
+        "      --test test.conllu --labels 50 300 2000 --seeds 0 1 2 3 4\n"
+        "  selfsup compare runs/mine --task classification --data reviews.csv \\\n"
+        "      --tuning full,lora,lora+bias,probe --set tuning.lora.rank=16",
     )
     p.add_argument("model", help="a pre-trained run folder")
     p.add_argument(
@@ -155,15 +161,20 @@ def _add_training_verbs(parsers: Any) -> None:
     p.add_argument("--test", help="labelled file that is scored (default: split off)")
     p.add_argument("--labels", nargs="+", type=int, metavar="N", help="numbers of labels")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
-    p.add_argument("--lrs", nargs="+", type=float, help="learning rates that both arms try")
+    p.add_argument("--lrs", nargs="+", type=float, help="learning rates that are tried (by tuning)")
     p.add_argument("--steps", type=int, help="steps per training (default: by number of labels)")
-    p.add_argument("--tuning", default="full", help="full, probe (frozen encoder) or layer_mix")
+    p.add_argument(
+        "--tuning",
+        default="full",
+        help="names (selfsup list tunings), + for together, commas for one after the other (full)",
+    )
     p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--jobs", type=int, default=0, help="trainings side by side (0: one per core, at most 8)"
     )
     p.add_argument("--out", help="another place for compare.json")
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
+    _set_option(p, "tuning.lora.rank=16")
     _column_options(p)
 
     p = _verb(
@@ -221,16 +232,32 @@ def _add_training_verbs(parsers: Any) -> None:
         "  selfsup evaluate runs/mine                       held-out loss of its own corpus\n"
         "  selfsup evaluate runs/mine --data other.txt\n"
         "  selfsup evaluate runs/reviews --data test.csv    metrics of a fine-tuned run\n"
+        "  selfsup evaluate runs/mine --suite glue --data glue/ --labels 200\n"
+        "      fine-tunes and scores every task of a suite (selfsup list suites, or a TOML file)\n"
         "  selfsup evaluate runs/rows --data test.csv --label class --normal ok\n"
         "      anomalies that a pre-trained autoencoder finds, beside other detectors",
     )
     p.add_argument("model", help="a run folder")
-    p.add_argument("--data", help="unlabeled text, or for a fine-tuned run a labelled file")
+    p.add_argument(
+        "--data",
+        help="unlabeled text, for a fine-tuned run a labelled file, for a suite its folder",
+    )
     p.add_argument(
         "--normal", metavar="VALUE", help="the label of normal rows, all others being anomalies"
     )
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
     _column_options(p)
+    group = p.add_argument_group("a suite of tasks")
+    group.add_argument("--suite", metavar="NAME|FILE", help="a suite (selfsup list suites) or TOML")
+    group.add_argument("--labels", type=int, metavar="N", help="training examples a task (all)")
+    group.add_argument("--seeds", nargs="+", type=int, help="seeds (0)")
+    group.add_argument("--lrs", nargs="+", type=float, help="learning rates to choose from")
+    group.add_argument(
+        "--steps", type=int, help="steps per training (default: by number of labels)"
+    )
+    group.add_argument("--tuning", help="full (default), or a name of selfsup list tunings")
+    group.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
+    group.add_argument("--out", help="folder of results (suite-NAME in the run folder)")
 
 
 def _add_using_verbs(parsers: Any) -> None:
@@ -411,6 +438,122 @@ def _add_preparing_verbs(parsers: Any) -> None:
     p.add_argument("--drop", metavar="OUT.jsonl", help="write the items that are not contaminated")
 
 
+def _add_distill_verb(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "distill",
+        distill_verb.distill,
+        "make a smaller run that answers as a fine-tuned one does",
+        "  selfsup distill runs/reviews --data reviews.csv --out runs/half\n"
+        "  selfsup distill runs/reviews --data reviews.csv --unlabelled texts/ --layers 2 \\\n"
+        "      --out runs/small --set distillation.temperature=4 training.steps=2000\n"
+        "  selfsup distill runs/tags --student runs/mini --data train.conllu --out runs/mini-tags",
+    )
+    p.add_argument("model", help="the teacher: a run fine-tuned for classes, tags or numbers")
+    p.add_argument("--data", required=True, help="labelled file with the teacher's labels")
+    p.add_argument(
+        "--unlabelled", nargs="+", metavar="FILE", help="more items, for which the teacher speaks"
+    )
+    p.add_argument("--valid", help="labelled file that is followed while training")
+    p.add_argument("--out", required=True, help="the run folder to make")
+    p.add_argument(
+        "--layers", type=int, help="layers of the student, taken from the teacher (half of them)"
+    )
+    p.add_argument("--fresh", action="store_true", help="begin with random weights instead")
+    p.add_argument("--student", metavar="RUN", help="a smaller run with the same tokenizer")
+    p.add_argument("--max-length", type=int, help="longest item (the teacher's)")
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out"
+    )
+    _set_option(p, "distillation.alpha=0.5 distillation.hidden_weight=1 training.lr=1e-3")
+    _column_options(p)
+
+
+def _add_few_label_verbs(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "pet",
+        pet_verb.pet,
+        "learn from few labels and many texts without, by templates with a blank",
+        "  selfsup pet runs/mine --templates cloze-sentiment-it-was cloze-sentiment-just \\\n"
+        "      --data few.tsv --unlabelled texts.txt --out runs/reviews\n"
+        "  selfsup pet runs/mine --templates mine.txt other.txt --data few.tsv --zero-shot\n"
+        "  selfsup pet runs/mine --templates mine.txt other.txt --data few.tsv \\\n"
+        "      --unlabelled texts.txt --out runs/reviews --set pet.generations=3",
+    )
+    p.add_argument("model", help="a pre-trained masked_language or gpt_bert run")
+    p.add_argument(
+        "--templates",
+        required=True,
+        nargs="+",
+        metavar="NAME|FILE",
+        help="templates with a blank (selfsup list templates), or text files",
+    )
+    p.add_argument(
+        "--zero-shot", action="store_true", help="score --data with each template, train nothing"
+    )
+    p.add_argument(
+        "--search-words", action="store_true", help="search other words for the classes first"
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out"
+    )
+    _few_label_options(p, required=False)
+    _set_option(p, "pet.weights=uniform cloze_training.steps=100 training.lr=1e-3")
+    _column_options(p)
+
+    p = _verb(
+        parsers,
+        "self-train",
+        pet_verb.self_train,
+        "learn from few labels and many items without, which the classifier labels itself",
+        "  selfsup self-train runs/mine --data few.tsv --unlabelled texts.txt --out runs/reviews\n"
+        "  selfsup self-train runs/mine --data few.tsv --unlabelled texts.txt --out runs/new \\\n"
+        "      --set self_training.threshold=0.95 self_training.rounds=5",
+    )
+    p.add_argument("model", help="a pre-trained run")
+    _few_label_options(p, required=True)
+    _set_option(p, "self_training.threshold=0.95 training.steps=200")
+    _column_options(p)
+
+
+def _few_label_options(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--data", required=True, help="labelled file: csv, tsv, jsonl, parquet")
+    parser.add_argument(
+        "--unlabelled", nargs="+", required=required, metavar="FILE", help="items without labels"
+    )
+    parser.add_argument("--valid", help="labelled file that is followed while training")
+    parser.add_argument("--out", required=required, help="the run folder to make")
+    parser.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
+
+
+def _add_prune_verb(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "prune",
+        prune_verb.prune,
+        "make a smaller and faster run of a run",
+        "  selfsup prune runs/tags --heads 0.3 --data train.conllu --out runs/small\n"
+        "  selfsup prune runs/mine --top-layers 2 --out runs/short\n"
+        "  selfsup prune runs/tags --movement 0.85 --data train.conllu --out runs/sparse \\\n"
+        "      --set training.steps=500",
+    )
+    prune_verb.add_options(p)
+    _set_option(p, "training.steps=500 pruning.cooldown=0.2 (while it trains)")
+    _column_options(p)
+
+
+def _add_merge_verb(parsers: Any) -> None:
+    p = _verb(
+        parsers,
+        "merge",
+        merge_verb.merge_verb,
+        "make a run that was tuned over a base one that needs no base",
+        "  selfsup merge runs/mood-lora --out runs/mood",
+    )
+    merge_verb.add_options(p)
+
+
 def _add_plan_verb(parsers: Any) -> None:
     p = _verb(
         parsers,
@@ -454,11 +597,13 @@ def _add_interop_verbs(parsers: Any) -> None:
         verbs.import_,
         "make a run of a published checkpoint",
         "  selfsup import bert-base-uncased --out runs/bert\n"
-        "  selfsup import checkpoints/t5-small --out runs/t5",
+        "  selfsup import checkpoints/t5-small --out runs/t5\n"
+        "  selfsup import adapters/mood --base runs/bert --out runs/mood    an adapter of PEFT",
     )
     p.add_argument(
         "source", help="a folder of transformers (safetensors), or a name on the Hugging Face Hub"
     )
+    p.add_argument("--base", metavar="RUN", help="of an adapter of PEFT: the model it is for")
     p.add_argument("--out", required=True, help="the run folder to make")
 
     p = _verb(
@@ -466,10 +611,11 @@ def _add_interop_verbs(parsers: Any) -> None:
         "export",
         verbs.export,
         "write a run as a checkpoint of another library",
-        "  selfsup export runs/mine --to transformers --out checkpoints/mine",
+        "  selfsup export runs/mine --to transformers --out checkpoints/mine\n"
+        "  selfsup export runs/mood-lora --to peft --out adapters/mood",
     )
     p.add_argument("model", help="a run folder with a transformer of text")
-    p.add_argument("--to", default="transformers", help="transformers (the only one so far)")
+    p.add_argument("--to", default="transformers", help="transformers (default) or peft")
     p.add_argument("--out", required=True, help="the folder to make")
 
 

@@ -136,6 +136,18 @@ def load_base(path: Path, section: dict[str, str]) -> "Model":
     Raises:
         CheckpointError: it is not there, or has other weights.
     """
+    found = find_base(path, section)
+    base = Base(found, load_model(found, "cpu"))
+    check_base(path, section, base)
+    return base.model
+
+
+def find_base(path: Path, section: dict[str, str]) -> Path:
+    """Where the base of the run whose `model/` folder is `path` lies.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
     places = [path / section["path"], Path(section["absolute"])]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
@@ -143,14 +155,21 @@ def load_base(path: Path, section: dict[str, str]) -> "Model":
             f"{path}: was tuned from {section['absolute']}, which is not there; put it back, or "
             f"name its new place as `absolute` under [base] in {path / 'config.toml'}"
         )
-    model = load_model(found, "cpu")
-    if Base(found, model).identity()["sha256"] != section["sha256"]:
+    return found
+
+
+def check_base(path: Path, section: dict[str, str], base: Base) -> None:
+    """Refuses a base with other weights than the run whose `model/` folder is `path` began as.
+
+    Raises:
+        CheckpointError: the sha256 of the weights differ.
+    """
+    known, given = section["sha256"], base.identity()["sha256"]
+    if known != given:
         raise CheckpointError(
-            f"{path}: was tuned from another model than {found} holds now: its weights' sha256 "
-            f"was {section['sha256'][:12]}..., this one's is "
-            f"{Base(found, model).identity()['sha256'][:12]}..."
+            f"{path}: was tuned from another model than {base.run} holds now: its weights' sha256 "
+            f"was {known[:12]}..., this one's is {given[:12]}..."
         )
-    return model
 
 
 def load_model(run: str | Path, device: str = "auto") -> "Model":
@@ -158,6 +177,17 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
 
     Raises:
         CheckpointError: there is no finished model, or it is damaged.
+    """
+    path, values = read_folder(run)
+    base = load_base(path, values["base"]) if "base" in values else None
+    return assemble(path, values, base, device)
+
+
+def read_folder(run: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The `model/` folder of a run, and what its config.toml says.
+
+    Raises:
+        CheckpointError: there is no finished model, or another version wrote it.
     """
     run = Path(run)
     path = run / "model" if (run / "model").is_dir() else run
@@ -170,6 +200,21 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
         raise CheckpointError(
             f"{path / 'config.toml'}: format {values.get('format')}, this version reads {FORMAT}"
         )
+    return path, values
+
+
+def assemble(
+    path: Path, values: dict[str, Any], base: "Model | None", device: str, name: str = OWN
+) -> "Model":
+    """The model of a folder, around the encoder of its base where it has one.
+
+    Args:
+        path: the `model/` folder.
+        values: what its config.toml says.
+        base: the run that it was tuned from; its encoder is taken as it is and not copied.
+        device: auto, cpu or cuda.
+        name: of the set that its additions become in the encoder.
+    """
     try:
         data_name, model = values["data"]["name"], dict(values["model"])
         kind = "methods" if "method" in values else "tasks"
@@ -183,7 +228,6 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
     preprocessor = data_module.load_preprocessor(path)
     model_module = registry.module_of(registry.MODELS, "model", model_name)
     config = from_mapping(model_module.Config, model, "model")
-    base = load_base(path, values["base"]) if "base" in values else None
     encoder = base.encoder if base else build_encoder(model_name, config, preprocessor.spec, seed=0)
     of_base = list(encoder.state_dict()) if base else []
     names = tuple(values.get("labels", {}).get("names", ()))
@@ -196,9 +240,12 @@ def load_model(run: str | Path, device: str = "auto") -> "Model":
         preprocessor.spec if kind == "methods" else names,
         seed=0,
     )
-    if kind == "tasks" and "tuning" in values:
-        retune(objective, values["tuning"], preprocessor)
+    if "tuning" in values:
+        retune(objective, values["tuning"], preprocessor, name)
     weights = _verified_weights(path, values)
+    if name != OWN:
+        own, wanted = f".additions.{OWN}.", f".additions.{name}."
+        weights = {key.replace(own, wanted, 1): value for key, value in weights.items()}
     kept = set(kept_weights(objective))
     if base:
         kept -= {_place_of(encoder, objective.encoder) + name for name in of_base}
@@ -214,11 +261,13 @@ def joined(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, An
     return {**before, **after, "names": [*before["names"], *after["names"]]}
 
 
-def retune(task: Task, section: dict[str, Any], preprocessor: Any, name: str = OWN) -> None:
-    """Adds to a task's encoder what its tunings, named in a configuration, have added."""
+def retune(task: Any, section: dict[str, Any], preprocessor: Any, name: str = OWN) -> None:
+    """Adds to the encoder of a task (or method) what tunings, named in a configuration, added."""
     from selfsup.tuning.choice import Tuning, tune  # its tunings import tasks
 
     for one in section["names"]:
+        if one in registry.PASSING:
+            continue
         options = {one: section[one]} if one in section else {}
         tune(task, Tuning.of(one, options), Where(name, preprocessor))
 
@@ -391,12 +440,20 @@ class Model:
             return self._texts(items, batch_size)
         out: list[Any] = [None] * len(items)
         for number, values, _, num_words in self._predictions(items, batch_size):
-            if num_words is not None:  # a word beyond the end of its row gets the tag ''
-                tags = [self.names[i] for i in values[:num_words].tolist() if i >= 0]
-                out[number] = tags + [""] * (num_words - len(tags))
-            else:
-                out[number] = self.names[int(values)] if self.names else float(values)
+            out[number] = self.answer(values, num_words)
         return out
+
+    def answer(self, values: torch.Tensor, num_words: int | None = None) -> Any:
+        """What `predict` gives for one item: a name or a number, for tagging a tag per word.
+
+        Args:
+            values: the item's row of the task's `Predictions.values`.
+            num_words: of a tagged item; a word beyond the end of its row gets the tag "".
+        """
+        if num_words is not None:
+            tags = [self.names[i] for i in values[:num_words].tolist() if i >= 0]
+            return tags + [""] * (num_words - len(tags))
+        return self.names[int(values)] if self.names else float(values)
 
     def predict_proba(self, items: Sequence[Any], batch_size: int = 64) -> list[np.ndarray]:
         """Probabilities in the order of `names`: (classes,) per item, for tagging (words, tags).

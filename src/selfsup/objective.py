@@ -43,6 +43,7 @@ class Objective(nn.Module):
         chance_loss: the loss of a guess that ignores its input, where that is known; the guard
             warns when training sits on it.
         adds_penalty: whether `loss` adds `Features.penalty` of an encoder that has one.
+        predicts_next: whether a blank is told from the position to its left, as a next token is.
     """
 
     encoder: Encoder
@@ -51,6 +52,7 @@ class Objective(nn.Module):
     refresh_every: int | None = None
     chance_loss: float | None = None
     adds_penalty: bool = False
+    predicts_next: bool = False
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """One batch to one loss; all randomness (masks, views, negatives) from `generator`."""
@@ -154,6 +156,25 @@ class LooksAhead(Protocol):
         ...
 
 
+@runtime_checkable
+class Taught(Protocol):
+    """A method that learns from a finished run, its teacher, which `config.teacher` names.
+
+    A model folder holds the student alone and is loaded without the teacher.
+
+    Attributes:
+        config: the method's own.
+        teachers: names of the methods whose runs can teach it.
+    """
+
+    config: Any
+    teachers: tuple[str, ...]
+
+    def take_teacher(self, teacher: Objective) -> None:
+        """Learns from this one from now on; before training, and before a checkpoint is loaded."""
+        ...
+
+
 class Predictions(NamedTuple):
     """What a task says about one batch.
 
@@ -175,12 +196,14 @@ class Task(Objective):
             predictions, and not names or numbers.
         max_watched: so many held-out examples are predicted while training; None: all.
         row_options: what its data set is told, beside the examples.
+        own_rows: whether items without labels, too, need its data set to become rows.
     """
 
     metric: str
     gives_text: bool = False
     max_watched: int | None = None
     row_options: Mapping[str, Any] = MappingProxyType({})
+    own_rows: bool = False
 
     def train(self, mode: bool = True) -> Self:
         """As in every module, but an encoder that is wholly frozen stays without dropout."""

@@ -72,7 +72,20 @@ TUNINGS = {
     "probe": "selfsup.tuning.probe:probe",
     "layer_mix": "selfsup.tuning.layer_mix:layer_mix",
     "lora": "selfsup.tuning.lora:lora",
+    "adapter": "selfsup.tuning.adapter:adapter",
+    "ia3": "selfsup.tuning.ia3:ia3",
+    "bias": "selfsup.tuning.bias:bias",
+    "prefix": "selfsup.tuning.prefix:prefix",
+    "soft_prompt": "selfsup.tuning.soft_prompt:soft_prompt",
+    "layer_decay": "selfsup.tuning.layer_decay:layer_decay",
+    "unfreezing": "selfsup.tuning.unfreezing:unfreezing",
+    "reinit": "selfsup.tuning.reinit:reinit",
+    "mixout": "selfsup.tuning.mixout:mixout",
+    "r_drop": "selfsup.tuning.r_drop:r_drop",
 }
+PASSING = ("layer_decay", "unfreezing", "reinit", "mixout", "r_drop")
+"""Tunings that act while training alone, after those that let something move; a saved run is loaded
+without them."""
 # A study is a function that gives what is to be recorded: no class, and no section of a recipe.
 STUDIES = {
     "language_methods": "selfsup.studies.language_methods:run",

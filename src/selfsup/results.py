@@ -66,6 +66,7 @@ def record_comparison(name: str, result: dict[str, Any]) -> None:
         seeds=result["seeds"],
         seconds=result["seconds"],
         scores=result["arms"],
+        tunings=result["tunings"],
         **{key: result[key] for key in keys},
     )
 
@@ -98,6 +99,19 @@ def record_alignment(name: str, run: str, result: dict[str, Any]) -> None:
         chance=result["chance"],
         languages=result["languages"],
         pretraining={"command": values["command"]["line"]},
+    )
+
+
+def record_suite(name: str, result: dict[str, Any], seconds: float) -> None:
+    """Records a suite of tasks in docs/results."""
+    record(
+        name,
+        command=result["command"],
+        seeds=list(result["settings"]["seeds"]),
+        seconds=seconds,
+        scores={key: task for key, task in result["tasks"].items() if task["state"] == "done"},
+        **{key: result[key] for key in ("suite", "overall", "lines", "settings")},
+        missing=[key for key, task in result["tasks"].items() if task["state"] != "done"],
     )
 
 

@@ -9,8 +9,8 @@ from selfsup import console, environment, registry
 from selfsup.config import RunConfig
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
-from selfsup.model_folder import build_encoder, build_objective
-from selfsup.objective import Objective
+from selfsup.model_folder import build_encoder, build_objective, load_model
+from selfsup.objective import Objective, Taught
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import pick_device, pick_dtype
 
@@ -28,18 +28,35 @@ def build_method(config: RunConfig, spec: Any) -> Objective:
             f"method {config.method_name} does not train experts (model.experts = 0); "
             "masked_language, causal_language and denoising do"
         )
+    if isinstance(built, Taught):
+        built.take_teacher(_teacher(built))
     return built
+
+
+def _teacher(student: Taught) -> Objective:
+    """The trained method of the run that is to teach."""
+    run = student.config.teacher
+    model = load_model(run, "cpu")
+    name = model.values.get("method", {}).get("name", "")
+    if name not in student.teachers:
+        kind = f"is a {name} run" if name else "is fine-tuned"
+        raise ConfigError(
+            f"method.teacher = {run!r} {kind}; a teacher is a run of "
+            f"{' or '.join(student.teachers)}"
+        )
+    return model.objective
 
 
 def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> None:
     """Resuming needs the same whole sections and the same facts; training may be prolonged.
 
-    A key that this version knows and that of the run did not stood at its default.
+    A key that this version knows and that of the run, or of its base, did not stood at its default.
     """
     if not (path / "run.toml").exists():
         return  # stopped before the first line was written: there is nothing to differ from
     before = configuration.read_toml(path / "run.toml")
     before |= {name: _completed(name, before[name]) for name in sections if name in before}
+    sections = {name: _completed(name, values) for name, values in sections.items()}
     pairs = {
         f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
         for section, values in sections.items()

@@ -67,6 +67,7 @@ def compare(options: argparse.Namespace) -> None:
 
     settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
     settings |= {
+        "tuning_options": _tuning_options(options),
         "max_length": options.max_length,
         "jobs": options.jobs or default_jobs(),
     }
@@ -89,12 +90,24 @@ def compare(options: argparse.Namespace) -> None:
     console.say(f"next: selfsup report {options.model}")
 
 
+def _tuning_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What --set says of tunings, by their names; it may say nothing else."""
+    from selfsup.config import overridden
+
+    values = overridden({"tuning": {}}, _settings(options))
+    for section in values:
+        if section != "tuning":
+            raise ConfigError(f"--set of compare changes tuning.NAME.KEY alone, got {section!r}")
+    return values["tuning"]
+
+
 def _print_comparison(path: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from selfsup.reporting.evidence import arm_name, arm_order, interval, verdict
     from selfsup.reporting.runs import read_compare
+    from selfsup.reporting.tunings import table as tunings_table
 
     compare = read_compare(path)
     arms = arm_order(compare)
@@ -106,6 +119,12 @@ def _print_comparison(path: Path) -> None:
         ]
         table.add_row(f"{count:,}", *shown)
     Console().print(table)
+    if len(compare.tunings) > 1:
+        head, rows = tunings_table(compare)
+        table = Table(*head, title="The pre-trained network, tuning by tuning")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
     words = verdict(compare, compare.label_counts[0])
     print(f"{words.headline}\n{words.conclusion}")
 
@@ -162,10 +181,17 @@ def align(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Scores a run; prints a line per metric."""
+    """Scores a run; prints a line per metric, or the table of a suite."""
     from selfsup import api, results
 
     started = time.monotonic()
+    names = ("labels", "seeds", "lrs", "steps", "tuning", "max_length")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.suite is not None:
+        _evaluate_suite(options, given)
+        return
+    if given or options.out:
+        raise ConfigError(f"--{next(iter(given), 'out').replace('_', '-')} is for a --suite")
     scores = api.evaluate(options.model, options.data, _columns(options), options.normal)
     if options.record:
         seconds = time.monotonic() - started
@@ -175,6 +201,50 @@ def evaluate(options: argparse.Namespace) -> None:
             print("\t".join([f"{name:<20}", *(f"{k} {v:.4f}" for k, v in value.items())]))
         else:
             print(f"{name}\t{value:.6g}")
+
+
+def _evaluate_suite(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    from selfsup import results
+    from selfsup.evaluation.suite import evaluate_suite
+
+    if options.normal or _columns(options):
+        raise ConfigError("a suite says itself which columns it reads; leave them out")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    started = time.monotonic()
+    result = evaluate_suite(options.model, options.suite, options.data, options.out, **settings)
+    if options.record:
+        results.record_suite(options.record, result, time.monotonic() - started)
+    _print_suite(result)
+    console.say(f"next: selfsup report {options.model}")
+
+
+def _print_suite(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from selfsup.reporting.suite import metrics_of, overall, percent
+
+    lines = list(result["lines"].values())
+    titles = [line["title"] for line in lines]
+    task_column = Column("task", no_wrap=True)
+    table = Table(task_column, "score", "majority", "metrics", *titles, title=result["title"])
+    for name, task in result["tasks"].items():
+        done = task["state"] == "done"
+        others = [
+            f"{100 * line['scores'][name]:.1f}" if name in line["scores"] else "" for line in lines
+        ]
+        shown = percent(task["score"]) if done else task["state"]
+        most = task.get("majority")  # what always giving the most frequent class would score
+        about = ("" if most is None else f"{100 * most:.1f}", metrics_of(task) if done else "")
+        table.add_row(task["title"], shown, *about, *others)
+    Console().print(table)
+    for task in result["tasks"].values():
+        if task["state"] == "missing":
+            print(f"missing: {task['title']}\t{', '.join(task['missing'])}")
+        if task["state"] == "not supported":
+            print(f"not supported: {task['title']}\t{task['why']}")
+    if result["overall"]["tasks"]:
+        print(overall(result))
 
 
 def _items(options: argparse.Namespace, model: Any) -> list[tuple[str, Any]]:
@@ -349,10 +419,10 @@ def _print_prompting(result: dict[str, Any]) -> None:
 
 
 def import_(options: argparse.Namespace) -> None:
-    """Makes a run of a checkpoint; prints the run folder."""
+    """Makes a run of a checkpoint or an adapter; prints the run folder."""
     from selfsup import api
 
-    run = api.import_(options.source, options.out)
+    run = api.import_(options.source, options.out, options.base)
     print(run)
     api.say_next(run)
 
@@ -377,7 +447,7 @@ def list_(options: argparse.Namespace) -> None:
     from selfsup.config import presets, read_toml
     from selfsup.data import templates
 
-    tables = dict.fromkeys(("recipes", *registry.TABLES, "studies", "templates"))
+    tables = dict.fromkeys(("recipes", *registry.TABLES, "suites", "studies", "templates"))
     wanted = list(tables) if options.what is None else [options.what]
     if wanted[0] not in tables:
         raise ConfigError(f"cannot list {options.what!r}{nearest(options.what, tables)}")
@@ -388,10 +458,13 @@ def list_(options: argparse.Namespace) -> None:
         if what == "recipes":
             paths = registry.recipe_paths()
             rows = {name: read_toml(path)["recipe"]["summary"] for name, path in paths.items()}
+        elif what == "suites":
+            paths = registry.suite_paths()
+            rows = {name: read_toml(path).get("summary", "") for name, path in paths.items()}
         elif what == "studies":
             rows = {n: registry.summary(target) for n, target in registry.STUDIES.items()}
         elif what == "templates":
-            rows = {name: templates.load(name).instruction for name in templates.paths()}
+            rows = {n: templates.load(n, cloze=True).summary for n in templates.paths()}
         else:
             rows = {n: registry.summary(target) for n, target in registry.TABLES[what].items()}
         if what == "models":

@@ -337,7 +337,7 @@ def test_template_errors_name_the_line(text, message):
 def test_named_templates_and_files(tmp_path):
     names = templates.paths()
     assert {"sentiment", "topic", "nli", "paraphrase", "sentiment-chinese"} < set(names)
-    assert [name for name in names if templates.load(name).reasons] == ["nli-reasoning"]
+    assert [name for name in names if templates.load(name, cloze=True).reasons] == ["nli-reasoning"]
     assert templates.load("nli").paired
     (tmp_path / "mine.txt").write_text(f"\ufeff{{text}} {{label}}\n{GOOD}", encoding="utf-8")
     assert templates.load(tmp_path / "mine.txt").words == ("a", "b")

@@ -529,7 +529,7 @@ def test_an_imported_run_works_with_the_other_verbs(tmp_path, capsys):
     )
     assert theirs.config.id2label == {0: "bad", 1: "good"}
     assert selfsup.report([run]).is_file()
-    with pytest.raises(ConfigError, match="known: transformers"):
+    with pytest.raises(ConfigError, match="known: peft, transformers"):
         selfsup.export(run, tmp_path / "other", to="onnx")
     with pytest.raises(ConfigError, match="exists already"):
         selfsup.export(run, tmp_path / "out")

@@ -3,7 +3,9 @@
 import threading
 import tomllib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec, TableSpec, Vocabulary
 from selfsup.config import from_mapping, overridden, to_mapping, write_toml
 from selfsup.data.dataset import Dataset, pad_mask, pad_rows
-from selfsup.objective import Objective
+from selfsup.objective import Objective, Taught
 from selfsup.randomness import isolated, numpy_generator, seed_layers, torch_generator
 from selfsup.registry import METHODS, MODELS, module_of, resolve
 from selfsup.training import guard
@@ -476,6 +478,8 @@ MASS = {"corruptions": ["mass_spans"]}
 ALL_ASKED = {**NO_DROPOUT, "method.rate": 0.999}
 ALL_ERASED = {**ALL_ASKED, "method.corruptions": ["token_mask"]}
 ALL_WRITTEN = {**ALL_ASKED, "method.mask_share": 1.0, "method.random_share": 0.0}
+DISTILLED = {"teacher": "runs/letters", "start": "fresh"}
+NARROW = {**TRANSFORMER, "dim": 24}
 WORDS = {"window": 2, "subsample": 0.0}
 CBOW = {**WORDS, "architecture": "cbow"}
 CASES = [
@@ -516,6 +520,9 @@ CASES = [
     Case("denoising", sequences("packed"), SEQ2SEQ, MASS, ALL_WRITTEN),
     Case("denoising", MarkedSequences, T5, SENTINELS, ALL_ASKED),
     Case("gpt_bert", sequences("packed"), TRANSFORMER, {"causal_share": 0.5}),
+    # the teacher's weights, with which it begins by default, would be those of every seed
+    Case("distilled_language", sequences("single"), TRANSFORMER, DISTILLED, ALL_MASKED),
+    Case("distilled_language", sequences("packed"), NARROW, {**DISTILLED, "hidden_weight": 0.0}),
     Case("masked_series", Series, STACKED, {}, ALL_HIDDEN, leaves=0.7),
     Case("masked_series", Series, FRAMES, {"instance_norm": False, "mask_rate": 0.6}, ALL_HIDDEN),
     Case("apc", Speech, RECURRENT, {"shift": 3}, {}, random=False, leaves=0.6),
@@ -587,9 +594,20 @@ def build(
         objective = resolve(METHODS, "method", case.method)(config, encoder, spec)
         for parameter in case.zero:
             nn.init.normal_(objective.get_parameter(parameter), std=0.3)
+    if isinstance(objective, Taught):
+        objective.take_teacher(deepcopy(trained_teacher()))
     if refreshed and objective.refresh_every:  # or it may have no labels to learn from
         objective.refresh([batch_of(case, 64)], torch_generator(seed, "refresh"))
     return objective.eval()
+
+
+@cache
+def trained_teacher() -> Objective:
+    """A masked language model that knows the alphabet a little: who teaches where a method asks."""
+    data = Sequences("single", 256, 7)
+    teacher = build(Case("masked_language", sequences("single"), TRANSFORMER))
+    train(teacher, data, None, TrainingConfig(steps=60, lr=1e-2, precision="float32"))
+    return teacher
 
 
 def method_config(case: Case, values: dict[str, Any]) -> Any:

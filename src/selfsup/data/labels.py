@@ -29,7 +29,7 @@ class Labelled:
     ['bad']
 
     Attributes:
-        task: classification, regression, tagging, span_qa or generation.
+        task: classification, regression, tagging, span_qa, generation or cloze.
         items: what the kind of data reads: texts, (text, text) pairs, for tagging lists of words,
             paths of pictures or sounds, table rows, windows.
         labels: class names, or for regression finite floats, or for tagging lists of tag names, or
@@ -238,7 +238,7 @@ def subset(labelled: Labelled, count: int, seed: int) -> Labelled:
             f"{labelled.source}: asked for a sample of {count} out of {len(labelled)} examples"
         )
     order = numpy_generator(seed, "subset").permutation(len(labelled)).tolist()
-    if labelled.task == "classification":
+    if labelled.task in ("classification", "cloze"):
         sizes = Counter(labelled.labels)
         ranks = {name: i for i, (name, _) in enumerate(sizes.most_common())}
         taken: Counter[str] = Counter()

@@ -17,6 +17,9 @@ joined by blank lines. Without `{examples}` there is no instruction. A pair's se
 
 Under `--- labels` each line is a class: its names in labelled files, and the word that stands for
 it, its verbalizer (Schick and Schütze, 2020, arXiv 2001.07676), which may be several tokens long.
+
+A masked language model reads both sides of the label, so a template for the task `cloze` may have
+texts behind it, "Just {label}! {text}"; the line `{examples}` and demonstrations it does not need.
 """
 
 import re
@@ -25,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfsup.errors import ConfigError, nearest
+from selfsup.errors import ConfigError, DataError, nearest
 
 FOLDER = Path(__file__).parent.parent / "templates"
 PLACES = ("examples", "text", "text_b", "reasoning", "label")
@@ -71,6 +74,52 @@ class Template:
         before = self.example.partition("{label}")[0]
         return PLACE.split(before)[-1].rpartition("\n")[2]
 
+    @property
+    def summary(self) -> str:
+        """One line for a list: the instruction, or else the pattern."""
+        return " ".join((self.instruction or self.example).split())
+
+    def words_of(self, names: Sequence[str], source: str) -> list[str]:
+        """The word of each label of the training data; each has its own, and no word is left over.
+
+        Raises:
+            DataError: they do not fit; `source` is named.
+        """
+        for name in names:
+            if name not in self.classes:
+                raise DataError(
+                    f"{source}: label {name!r} has no word in the template {self.name}"
+                    f"{nearest(name, self.classes)}"
+                )
+        for number, word in enumerate(self.words):
+            given = [name for name in names if self.classes[name] == number]
+            known = [name for name, other in self.classes.items() if other == number]
+            if len(given) > 1:
+                raise DataError(
+                    f"{source}: the labels {' and '.join(map(repr, given))} have the same word "
+                    f"{word!r} in the template {self.name}; give each its own line and word"
+                )
+            if not given:
+                raise DataError(
+                    f"{source}: no example has the label {' or '.join(map(repr, known))}, for "
+                    f"which the template {self.name} has the word {word!r}; add examples, or take "
+                    "that line out of the template"
+                )
+        return [self.words[self.classes[name]] for name in names]
+
+    def check_items(self, items: Sequence[Any], source: str) -> None:
+        """Refuses pairs where the template takes one text, and the other way round.
+
+        Raises:
+            DataError: the first item does not fit.
+        """
+        if items and self.paired == isinstance(items[0], str):
+            has, gives = ("{text_b}", "one text") if self.paired else ("no {text_b}", "pairs")
+            raise DataError(
+                f"{source}: the template {self.name} has {has}, but the items are {gives}; name "
+                "the columns with --text and --text-b, or choose another template"
+            )
+
     def demonstration(self, item: Any, label: str, reasoning: str = "") -> str:
         """An example with its answer; `item` is a text or a pair."""
         word = self.words[self.classes[label]]
@@ -95,15 +144,28 @@ def paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.txt"))}
 
 
-def load(name: str | Path) -> Template:
+def load(name: str | Path, cloze: bool = False) -> Template:
     """Reads a named template or a file.
+
+    Args:
+        name: of a template, or the path of a file.
+        cloze: whether texts may stand behind the label.
 
     Raises:
         ConfigError: no such template, or a line that does not fit; it is named.
     """
+    return parse(text_of(name), str(name), cloze)
+
+
+def text_of(name: str | Path) -> str:
+    """The text of a named template or a file.
+
+    Raises:
+        ConfigError: there is none, or it is no text.
+    """
     path = paths().get(str(name), Path(name))
     try:
-        return parse(path.read_text(encoding="utf-8-sig"), str(name))
+        return path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         hint = nearest(str(name), paths())
         raise ConfigError(f"no template and no file is called {str(name)!r}{hint}") from None
@@ -111,8 +173,13 @@ def load(name: str | Path) -> Template:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def parse(text: str, name: str) -> Template:
-    """Reads a template's text; `name` stands in messages.
+def parse(text: str, name: str, cloze: bool = False) -> Template:
+    """Reads a template's text.
+
+    Args:
+        text: what the file holds.
+        name: stands in messages.
+        cloze: whether texts may stand behind the label.
 
     Raises:
         ConfigError: a place, a section or a label that does not fit; its line is named.
@@ -132,13 +199,13 @@ def parse(text: str, name: str) -> Template:
         )
     end = sections[0]
     places = [(i, place) for i in range(end) for place in PLACE.findall(lines[i])]
-    start = _check_places(name, lines, places)
+    start = _check_places(name, lines, places, cloze)
     words, classes = _labels(name, lines, end + 1)
     instruction = "\n".join(lines[: max(start, 0)]).strip()
     return Template(name, instruction, "\n".join(lines[start + 1 : end]).strip(), words, classes)
 
 
-def _check_places(name: str, lines: list[str], places: list[tuple[int, str]]) -> int:
+def _check_places(name: str, lines: list[str], places: list[tuple[int, str]], cloze: bool) -> int:
     """The number of the line `{examples}`, counted from 0; -1: there is none."""
     start, seen = -1, set[str]()
     for i, place in places:
@@ -156,7 +223,7 @@ def _check_places(name: str, lines: list[str], places: list[tuple[int, str]]) ->
                     "instruction is; move it below"
                 )
             start = i
-        elif "label" in seen:
+        elif "label" in seen and not cloze:
             raise ConfigError(
                 f"{where}: {{{place}}} stands behind {{label}}, and the model reads only what is "
                 "before it; move it up"
@@ -196,3 +263,17 @@ def _labels(name: str, lines: list[str], first: int) -> tuple[tuple[str, ...], d
             f"{name}: '--- labels' names {len(words)} classes; at least two are needed"
         )
     return tuple(words), classes
+
+
+def with_words(text: str, words: dict[str, str]) -> str:
+    """A template's text with other verbalizers.
+
+    >>> print(with_words("{text} {label}\\n--- labels\\n0 = a\\n1 = b", {"0": "bad", "1": "good"}))
+    {text} {label}
+    --- labels
+    0 = bad
+    1 = good
+    """
+    lines = text.splitlines()
+    end = next(i for i, line in enumerate(lines) if SECTION.match(line))
+    return "\n".join([*lines[: end + 1], *(f"{label} = {word}" for label, word in words.items())])

@@ -26,9 +26,10 @@ import tomli_w
 
 from selfsup import console, files
 from selfsup.batch import Batch, Vocabulary
-from selfsup.data import corpora, labelled_pairs, labelled_text, span_files
+from selfsup.data import corpora, labelled_cloze, labelled_pairs, labelled_text, span_files
 from selfsup.data.dataset import Dataset, LabelledDataset, Prepared, pad_mask, pad_rows
 from selfsup.data.formats import Split
+from selfsup.data.labelled_cloze import LabelledCloze
 from selfsup.data.labelled_pairs import LabelledPairs
 from selfsup.data.labelled_spans import LabelledSpans
 from selfsup.data.labelled_text import LabelledText
@@ -374,10 +375,12 @@ def _check_item(item: Any, number: int, kind: type) -> None:
 READERS: dict[str, Callable[..., Labelled]] = {
     "span_qa": span_files.read,
     "generation": labelled_pairs.read,
+    "cloze": labelled_cloze.read,
 }
 DATASETS: dict[str, Callable[..., LabelledDataset]] = {
     "span_qa": LabelledSpans,
     "generation": LabelledPairs,
+    "cloze": LabelledCloze,
 }
 
 

@@ -2,14 +2,15 @@
 
 Every arm sees the same labelled subsets, test part and number of steps. Learning rates are chosen
 for each arm and each number of labels on validation data, with the first seed; the test part
-chooses nothing.
+chooses nothing. Several tunings may be compared: the first trains every arm, the others the
+pre-trained network alone, and what each costs stands beside what it scores.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -22,14 +23,19 @@ import torch
 from selfsup import console, registry
 from selfsup.data.labels import Labels, split, subset
 from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
-from selfsup.evaluation.adapt import default_training, fit, new_task, score
+from selfsup.evaluation.adapt import default_training, fit, new_task, rows_of, score
 from selfsup.evaluation.baselines import fit_baseline
+from selfsup.evaluation.cost import Cost, measured
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import Model, load_model
 from selfsup.models.encoder import Encoder
 from selfsup.randomness import Order
+from selfsup.tuning.choice import Tuning
 
 ARMS = ("pretrained", "scratch")
+WHOLE_LRS, ADDED_LRS = (5e-4, 1e-3, 2e-3), (1e-3, 3e-3, 1e-2)
+"""Peak learning rates that are tried where the encoder's own weights move, and where they do not:
+what begins anew, and is little, wants larger ones."""
 MAX_VALID = 500  # examples that choose a learning rate; more would only cost time
 MAX_WATCHED, CURVE_POINTS = 64, 8  # held-out examples and evaluations of a fine-tuning curve
 
@@ -42,9 +48,11 @@ class Settings:
         task: a name of `registry.TASKS`.
         label_counts: sizes of the labelled subsets.
         seeds: each seed draws another subset, other initial weights and another order.
-        lrs: peak learning rates that both arms try.
+        lrs: peak learning rates that every arm and tuning tries; None: `WHOLE_LRS` or `ADDED_LRS`.
         steps: optimizer steps per run; None: `adapt.default_training`.
-        tuning: a name of `registry.TUNINGS`, for both arms.
+        tuning: names of `registry.TUNINGS` as `Tuning.of` reads them; commas separate several, of
+            which the first trains all arms and the others the pre-trained one.
+        tuning_options: keys of the tunings' `Config`s by name: {"lora": {"rank": 4}}.
         max_length: longest item (a text in tokens); None: what this kind of data usually takes.
         jobs: processes that train side by side, one thread each; 1: this process, all threads.
         controls: also train from scratch and fit the classical baseline; False: a study that has
@@ -54,9 +62,10 @@ class Settings:
     task: str
     label_counts: tuple[int, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    lrs: tuple[float, ...] | None = None
     steps: int | None = None
     tuning: str = "full"
+    tuning_options: Mapping[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     jobs: int = 1
     controls: bool = True
@@ -66,8 +75,27 @@ class Settings:
         """The arms that are trained."""
         return ARMS if self.controls else ARMS[:1]
 
+    @property
+    def tunings(self) -> dict[str, Tuning]:
+        """By name, the first one first."""
+        options = self.tuning_options
+        return {
+            text: Tuning.of(text, {k: v for k, v in options.items() if k in text.split("+")})
+            for text in self.tuning.split(",")
+        }
+
+    @property
+    def trials(self) -> list[tuple[str, str]]:
+        """What has a learning rate to choose: tuning and arm."""
+        first, *others = self.tunings
+        return [*((first, arm) for arm in self.arms), *((other, ARMS[0]) for other in others)]
+
+    def rates(self, tuning: str) -> tuple[float, ...]:
+        """The learning rates that a tuning tries."""
+        return self.lrs or (WHOLE_LRS if self.tunings[tuning].whole else ADDED_LRS)
+
     def __post_init__(self) -> None:
-        if not self.label_counts or not self.seeds or not self.lrs:
+        if not self.label_counts or not self.seeds or self.lrs == ():
             raise ConfigError("compare needs at least one label count, one seed and one rate")
         if list(self.label_counts) != sorted(set(self.label_counts)):
             raise ConfigError(f"label counts must rise, got {list(self.label_counts)}")
@@ -75,10 +103,15 @@ class Settings:
         for name, value in least.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if not min(self.lrs) > 0:
+        if self.lrs and not min(self.lrs) > 0:
             raise ConfigError(f"learning rates must be above 0, got {list(self.lrs)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must differ, got {list(self.seeds)}")
+        if len(self.tunings) < len(self.tuning.split(",")):
+            raise ConfigError(f"tuning {self.tuning!r} names one of them twice")
+        for name in self.tuning_options:
+            if not any(name in tuning.configs for tuning in self.tunings.values()):
+                raise ConfigError(f"options of tuning {name!r}, but the tuning is {self.tuning!r}")
 
 
 def default_jobs() -> int:
@@ -94,17 +127,19 @@ class Cell:
     labels: int
     seed: int
     lr: float | None = None
+    tuning: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one cell gave: validation and test score, training curve, a baseline's name."""
+    """What one cell gave: scores, training curve, cost if pre-trained, a baseline's name."""
 
     cell: Cell
     valid: float
     test: float
     curve: dict[str, list[float | None]] = field(default_factory=dict)
     name: str = ""
+    cost: Cost | None = None
 
 
 def read_labels(
@@ -154,71 +189,108 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
             f"--labels asks for {max(settings.label_counts)}"
         )
     first, *others = settings.seeds
+    counts = settings.label_counts
     classical = [
         Cell("baseline", count, seed)
-        for count in settings.label_counts
+        for count in counts
         for seed in settings.seeds
         if settings.controls
     ]
     sweep = [
-        Cell(arm, count, first, lr)
-        for count in settings.label_counts
-        for arm in settings.arms
-        for lr in settings.lrs
+        Cell(arm, count, first, lr, tuning)
+        for count in counts
+        for tuning, arm in settings.trials
+        for lr in settings.rates(tuning)
     ]
-    num_rest = len(settings.arms) * len(settings.label_counts) * len(others) + len(classical)
+    num_rest = len(settings.trials) * len(counts) * len(others) + len(classical)
     with (
         _workers(run, labels, settings) as workers,
         console.progress("comparing", len(sweep) + num_rest) as bar,
     ):
         swept = _collect(workers, sweep, bar)
-        best = {key: _best(swept, *key) for key in {(r.cell.arm, r.cell.labels) for r in swept}}
+        best = {
+            (*trial, count): _best(swept, *trial, count)
+            for trial in settings.trials
+            for count in counts
+        }
         rest = [
-            Cell(arm, count, seed, best[arm, count].cell.lr)
-            for count in settings.label_counts
-            for arm in settings.arms
+            Cell(arm, count, seed, best[tuning, arm, count].cell.lr, tuning)
+            for count in counts
+            for tuning, arm in settings.trials
             for seed in others
         ]
         results = [*best.values(), *_collect(workers, rest + classical, bar)]
-    arms = (*settings.arms, "baseline") if settings.controls else settings.arms
+    main = next(iter(settings.tunings))
+    places = {arm: (main, arm) for arm in settings.arms}
+    places |= {"baseline": ("", "baseline")} if settings.controls else {}
     return {
         "task": settings.task,
         "metric": registry.resolve(registry.TASKS, "task", settings.task).metric,
         "test_size": len(labels.test),
         "unit": "sentences" if settings.task == "tagging" else "examples",
-        "label_counts": list(settings.label_counts),
-        "arms": {arm: _scores(results, arm, settings) for arm in arms},
+        "label_counts": list(counts),
+        "arms": {arm: _scores(results, *place, settings) for arm, place in places.items()},
         "seconds": round(time.monotonic() - started, 1),
         "seeds": list(settings.seeds),
-        "tuning": settings.tuning,
+        "tuning": main,
+        "tunings": {name: _of_tuning(results, name, settings) for name in settings.tunings},
         "baseline_names": {
-            str(n): [r.name for r in results if r.name and r.cell.labels == n]
-            for n in settings.label_counts
+            str(n): [r.name for r in results if r.name and r.cell.labels == n] for n in counts
         },
         "learning_rates": {
-            arm: {str(n): best[arm, n].cell.lr for n in settings.label_counts}
-            for arm in settings.arms
+            arm: {str(n): best[main, arm, n].cell.lr for n in counts} for arm in settings.arms
         },
         "sweep": [{**vars(r.cell), "valid": r.valid} for r in swept],
-        "curves": [{**vars(r.cell), **r.curve} for r in sorted(results, key=_place) if r.curve],
+        "curves": [
+            {**vars(r.cell), **r.curve}
+            for r in sorted(results, key=_place)
+            if r.curve and r.cell.tuning == main
+        ],
     }
 
 
-def _place(result: Result) -> tuple[str, int, int]:
-    return result.cell.arm, result.cell.labels, result.cell.seed
+def _place(result: Result) -> tuple[str, str, int, int]:
+    return result.cell.tuning, result.cell.arm, result.cell.labels, result.cell.seed
 
 
-def _best(results: Sequence[Result], arm: str, count: int) -> Result:
-    return max(
-        (r for r in results if (r.cell.arm, r.cell.labels) == (arm, count)), key=lambda r: r.valid
-    )
+def _best(results: Sequence[Result], tuning: str, arm: str, count: int) -> Result:
+    mine = (r for r in results if _place(r)[:3] == (tuning, arm, count))
+    return max(mine, key=lambda r: r.valid)
 
 
-def _scores(results: Sequence[Result], arm: str, settings: Settings) -> dict[str, list[float]]:
+def _scores(
+    results: Sequence[Result], tuning: str, arm: str, settings: Settings
+) -> dict[str, list[float]]:
     by_place = {_place(r): r.test for r in results}
     return {
-        str(count): [round(by_place[arm, count, seed], 5) for seed in settings.seeds]
+        str(count): [round(by_place[tuning, arm, count, seed], 5) for seed in settings.seeds]
         for count in settings.label_counts
+    }
+
+
+def _of_tuning(results: Sequence[Result], tuning: str, settings: Settings) -> dict[str, Any]:
+    """Scores of one tuning of the pre-trained network, and what its trainings cost.
+
+    `seconds` are of one training, seed by seed; of its other costs the most that was met counts,
+    but of `step_seconds` the least, which is furthest from what else the machine does.
+    """
+    mine = {_place(r)[2:]: r for r in results if _place(r)[:2] == (tuning, ARMS[0])}
+    costs = {place: result.cost for place, result in mine.items() if result.cost is not None}
+    most = {
+        key: max(getattr(cost, key) for cost in costs.values())
+        for key in ("trained", "share", "memory", "file_bytes")
+    }
+    peaks = [cost.gpu_memory for cost in costs.values() if cost.gpu_memory is not None]
+    counts, seeds = settings.label_counts, settings.seeds
+    options = {k: v for k, v in settings.tunings[tuning].values().items() if k != "names"}
+    return {
+        "scores": _scores(results, tuning, ARMS[0], settings),
+        "learning_rates": {str(n): mine[n, seeds[0]].cell.lr for n in counts},
+        "options": options,
+        **most,
+        "seconds": {str(n): [round(costs[n, seed].seconds, 3) for seed in seeds] for n in counts},
+        "step_seconds": round(min(cost.step_seconds for cost in costs.values()), 6),
+        **({"gpu_memory": max(peaks)} if peaks else {}),
     }
 
 
@@ -258,14 +330,20 @@ class _Trainer:
             log_every=5,
         )
         module = registry.module_of(registry.TASKS, "task", settings.task)
+        tuning = settings.tunings[cell.tuning]
         task = new_task(
             self.encoder(cell),
             settings.task,
             module.Config(),
             data,
-            tuning=settings.tuning,
+            tuning=tuning,
             seed=cell.seed,
+            preprocessor=self.preprocessor,
         )
+        on_gpu = self.model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.model.device)
+        started = time.perf_counter()
         rows = fit(
             task,
             self.preprocessor,
@@ -273,12 +351,19 @@ class _Trainer:
             training,
             valid=self.watched,
         )
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated(self.model.device) if on_gpu else None
         curve = {
             "step": [row["step"] for row in rows],
             "loss": [row["loss"] if row["split"] == "train" else None for row in rows],
             "score": [row.get("score") for row in rows],
         }
-        return Result(cell, score(task, self.valid), score(task, self.test), curve)
+        valid, test = score(task, self.valid), score(task, self.test)
+        cost = None
+        if cell.arm == ARMS[0]:
+            read = rows_of(task, self.preprocessor, data)
+            cost = measured(task, self.model.encoder, tuning, read, training, seconds, peak)
+        return Result(cell, valid, test, curve, cost=cost)
 
 
 class _workers:
@@ -341,7 +426,8 @@ def _collect(workers, cells: list[Cell], bar: console.Progress) -> list[Result]:
         for result in workers(cells):
             results.append(result)
             cell = result.cell
-            what = f"{cell.arm}, {cell.labels} labels, seed {cell.seed}"
+            who = f"{cell.arm} {cell.tuning}".strip()
+            what = f"{who}, {cell.labels} labels, seed {cell.seed}"
             bar.advance(1, f"{what}: {result.valid:.3f}")
     except BrokenProcessPool as error:
         raise LimitError(

@@ -4,7 +4,6 @@ The two never share an item, whatever the files hold. `in_context.py` makes prom
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,26 +49,12 @@ def read_examples(
                 f"{path}: label {label!r} has no word in the template {template.name}"
                 f"{nearest(label, template.classes)}"
             )
-    check_items(template, labelled.items[:1], str(path))
+    template.check_items(labelled.items, str(path))
     reasons = [""] * len(labelled)
     if template.reasons and demonstrates:
         reasons = _reasons(Path(path), template)
     examples = map(Example, labelled.items, labelled.labels, reasons)
     return replace(labelled, items=list(examples))
-
-
-def check_items(template: Template, items: Sequence[Item], source: str) -> None:
-    """Refuses pairs where the template takes one text, and the other way round.
-
-    Raises:
-        DataError: the first item does not fit.
-    """
-    if items and template.paired == isinstance(items[0], str):
-        has, gives = ("{text_b}", "one text") if template.paired else ("no {text_b}", "pairs")
-        raise DataError(
-            f"{source}: the template {template.name} has {has}, but the items are {gives}; name "
-            "the columns with --text and --text-b, or choose another template"
-        )
 
 
 def _reasons(path: Path, template: Template) -> list[str]:

@@ -36,7 +36,7 @@ from selfsup import console
 from selfsup.data.labels import Labelled
 from selfsup.data.templates import Template
 from selfsup.errors import ConfigError, DataError, nearest
-from selfsup.evaluation.demonstrations import Example, Item, check_items, draw
+from selfsup.evaluation.demonstrations import Example, Item, draw
 from selfsup.evaluation.likelihood import check_causal, log_likelihoods, padded, rows_of
 from selfsup.randomness import torch_generator
 from selfsup.training.device import autocast
@@ -132,7 +132,7 @@ def answer(
         DataError: an item alone is longer than a prompt may be, or a label word has no token.
     """
     check_causal(model)
-    check_items(template, items, "items")
+    template.check_items(items, "items")
     shown = [template.demonstration(*example) for example in demonstrations]
     kept, longest = _kept(model, template, shown, items, settings)
     plain = np.empty((len(items), len(template.words)))

@@ -245,9 +245,20 @@ def perplexity(log_probabilities: Sequence[float]) -> float:
     return math.exp(-statistics.fmean(log_probabilities))
 
 
+def all_right(truth: Labels, prediction: Labels) -> float:
+    """Share of equal labels, each list of labels counted as one (SuperGLUE: MultiRC).
+
+    >>> all_right([["1", "0"], ["0"]], [["1", "1"], ["0"]])
+    0.5
+    """
+    _flat(truth, prediction)
+    return statistics.fmean(t == p for t, p in zip(truth, prediction, strict=True))
+
+
 # What chooses a setting takes the greatest value; so neither errors nor metrics of scores are here.
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
+    "all_right": all_right,
     "macro_f1": macro_f1,
     "f1": f1_binary,
     "matthews": matthews,

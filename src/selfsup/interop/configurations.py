@@ -153,6 +153,10 @@ def chosen(config: Any, model: str, kind: str, begins: bool) -> Family:
     Raises:
         ConfigError: there is none; the nearest one's differences are named.
     """
+    if getattr(config, "heads_left", ()) or getattr(config, "feedforward_left", ()):
+        raise ConfigError(
+            "no architecture of transformers holds a pruned model; export the whole one"
+        )
     found, mine = [], facts(config) if model in ("transformer", "encoder_decoder") else {}
     for family in FAMILIES:
         if family.model != model or kind not in family.heads or (family is ROBERTA and not begins):

@@ -92,6 +92,11 @@ def export_run(run: str | Path, out: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} exists already: give another --out")
     section = model.values.get("method") or model.values["task"]
+    if any(".additions." in name for name in model.objective.state_dict()):
+        raise ConfigError(
+            f"{run}: holds {model.values['tuning']['names'][-1]} beside the encoder's weights: put "
+            "it into them (selfsup merge), or export it by itself (--to peft)"
+        )
     if model.values["data"]["name"] != "text":
         raise ConfigError(
             f"{run}: reads {model.values['data']['name']}, and only models of text can be exported"

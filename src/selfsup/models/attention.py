@@ -2,7 +2,7 @@
 
 Scaled dot-product attention of several heads (Vaswani et al., 2017, arXiv 1706.03762, section 3.2).
 Relative positions enter as a learned number for each head and distance (T5, Raffel et al., 2019,
-arXiv 1910.10683, section 2.1).
+arXiv 1910.10683, section 2.1). In front of the keys and values a tuning may have put learned ones.
 
 Axes: batch; time: tokens of a row; read: those and the ones before them in a cache; source: tokens
 that a decoder's encoder has read; heads; head_dim; half = head_dim / 2.
@@ -10,6 +10,7 @@ that a decoder's encoder has read; heads; head_dim; half = head_dim / 2.
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,45 @@ class Memory(NamedTuple):
     allowed: Bool[Tensor, "batch 1 1 source"] | None  # None: all of it is real
 
 
+class Prefix(NamedTuple):
+    """Learned keys and values in front of those of every layer; they are in no cache.
+
+    Attributes:
+        layers: keys and values of each layer, (batch, heads, prefix, head_dim).
+        real: True where a row has this slot; None: everywhere.
+        shift: by how much each row's positions begin later; None: by nothing.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    real: Bool[Tensor, "batch prefix"] | None
+    shift: Int[Tensor, "rows 1"] | None
+
+    def seen(self, allowed: Tensor | None, read: int) -> Tensor | None:
+        """`View.allowed` of `read` slots with this prefix before them, which every query sees."""
+        if allowed is None and self.real is None:
+            return None
+        keys = self.layers[0][0]
+        front = keys.new_ones(1, keys.shape[2]) if self.real is None else self.real
+        front = front.bool()[:, None, None]  # (batch or 1, 1, 1, prefix)
+        if allowed is None:
+            allowed = front.new_ones(1, 1, 1, read)
+        if allowed.dtype != torch.bool:
+            front = torch.zeros_like(front, dtype=allowed.dtype).masked_fill(~front, -torch.inf)
+        shape = torch.broadcast_shapes(front.shape[:-1], allowed.shape[:-1])
+        return torch.cat((front.expand(*shape, -1), allowed.expand(*shape, -1)), -1)
+
+    def before(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, (batch, heads, prefix + read, head_dim)."""
+        learned = (part.to(keys.dtype) for part in self.layers[layer])
+        joined = [torch.cat(pair, 2) for pair in zip(learned, (keys, values), strict=True)]
+        return joined[0], joined[1]
+
+    def select(self, rows: Int[Tensor, " chosen"]) -> "Prefix":
+        """That of these rows."""
+        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        return self._replace(layers=layers, real=None if self.real is None else self.real[rows])
+
+
 class View(NamedTuple):
     """What all layers share: rotary angles, who sees whom, the cache, an encoder's output."""
 
@@ -100,6 +140,8 @@ class View(NamedTuple):
     cache: Cache | None
     real: Bool[Tensor, "batch time"] | None = None  # None: nothing is padded
     memory: Memory | None = None
+    prefix: Prefix | None = None  # `allowed` has its slots in front
+    num_prompt: int = 0  # learned vectors before each row's items
 
 
 class Attention(nn.Module):
@@ -132,6 +174,8 @@ class Attention(nn.Module):
             queries, keys = rotate(qkv[:2], *view.rotation)
         if view.cache is not None:
             keys, values = view.cache.append(layer, keys, values)
+        if view.prefix is not None:
+            keys, values = view.prefix.before(layer, keys, values)
         allowed = view.allowed
         if self.kept is not None and allowed is not None:
             allowed = allowed[:, self.kept]

@@ -29,6 +29,7 @@ from selfsup.models.attention import (
     Cache,
     CrossAttention,
     Memory,
+    Prefix,
     RelativeBias,
     View,
     attention_mask,
@@ -98,7 +99,7 @@ class Config:
     conv_norm: Literal["group", "layer"] = "group"
     conv_positions: int = 0  # kernel of a convolution that tells positions (128); 0: none
     max_length: int = 512  # number of learned positions; the other kinds have no limit
-    # what pruning has left: heads and inner width of each layer (of the one that is shared); (): all
+    # what pruning has left: heads and inner width of each layer (shared layers: one); (): all
     heads_left: tuple[int, ...] = ()
     feedforward_left: tuple[int, ...] = ()
     dropout: float = 0.1  # on the embedding and on both halves of a block
@@ -155,8 +156,8 @@ class Config:
             f"sinusoidal positions need an even embedding width, got {self.embedding_width}": (
                 self.positions == "sinusoidal" and self.embedding_width % 2
             ),
-            f"heads_left needs a number from 0 to heads = {self.heads} for each of {blocks} layers, "
-            f"got {self.heads_left}": not _fits(self.heads_left, blocks, self.heads),
+            f"heads_left needs a number from 0 to heads = {self.heads} for each of {blocks} "
+            f"layers, got {self.heads_left}": not _fits(self.heads_left, blocks, self.heads),
             f"feedforward_left needs a width from 0 to {width} for each of {blocks} layers, and "
             f"experts = 0, got {self.feedforward_left}": (
                 bool(self.feedforward_left)
@@ -309,6 +310,8 @@ class TransformerEncoder(Encoder):
             table.
         layers: the blocks (one, when shared).
         final_norm, pooler: modules, or None where the configuration asks for none.
+        prefix: gives the learned keys and values for a number of rows; set by prefix tuning.
+        prompt: puts learned vectors before those of the items; set by the tuning of soft prompts.
 
     >>> encoder = TransformerEncoder(Config(dim=8, layers=2, heads=2), Vocabulary(size=100))
     >>> encoder({"tokens": torch.tensor([[5, 7, 2]])}).last.shape
@@ -318,6 +321,8 @@ class TransformerEncoder(Encoder):
     reads = ("text", "image", "audio", "series")
 
     block: type[Block] = Block
+    prefix: Callable[[int], Prefix | None] | None = None
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
 
     def __init__(self, config: Config, spec: Spec):
         super().__init__()
@@ -376,6 +381,8 @@ class TransformerEncoder(Encoder):
             if routing is not None:
                 routings.append(routing)
         hidden[-1] = self.end(x)
+        if view.num_prompt:
+            hidden, mask = [x[:, view.num_prompt :] for x in hidden], mask[:, view.num_prompt :]
         penalty, metrics = summed(routings, self.config.balance_weight)
         return Features(tuple(hidden), mask, self.pool(hidden[-1], mask), penalty, metrics)
 
@@ -389,11 +396,16 @@ class TransformerEncoder(Encoder):
     ) -> tuple[Float[Tensor, "batch time dim"], View, Bool[Tensor, "batch time"]]:
         """What the first layer reads, what all layers share, and the mask; `forward` has the rest.
 
-        Whoever goes through the layers one by one calls `begin`, `step` for each of them, `end`.
+        Whoever goes through the layers one by one calls `begin`, `step` for each of them, `end`,
+        and leaves out the first `View.num_prompt` slots.
         """
         causal = self.config.causal if causal is None else causal
         vectors = self.embedding.vectors(batch) if vectors is None else vectors
         documents, real = batch.get("documents"), self.embedding.real(batch)
+        num_items = vectors.shape[1]
+        if self.prompt is not None and (cache is None or cache.num_read == 0):
+            self._check_prompted(documents)
+            vectors, real = self.prompt(vectors, real)
         mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
         time, device = vectors.shape[1], vectors.device
         plain = real is None and documents is None
@@ -403,7 +415,9 @@ class TransformerEncoder(Encoder):
             self._check_cached(documents, causal)
             known = cache.extend(mask, padded=real is not None)
             read = cache.num_read
-        self.embedding.check_length(read)
+        prefix = None if self.prefix is None else self.prefix(len(mask))
+        shift = None if prefix is None else prefix.shift
+        self.embedding.check_length(read if shift is None else read + int(shift.max()))
         allowed: Tensor | None = None
         if known is not None:
             positions = document_positions(known, documents)[:, -time:]
@@ -412,11 +426,18 @@ class TransformerEncoder(Encoder):
             positions = torch.arange(read - time, read, device=device)
             if 1 < time < read:
                 allowed = past(time, read, device)
+        if shift is not None:
+            positions = positions + shift
         x = self.embedding.place(vectors, positions, real)
         if self.relative is not None:
             allowed = self._with_distances(allowed, time, read, causal)
         in_kernel = causal and allowed is None and time == read
-        view = View(self._rotation(positions), allowed, in_kernel, cache, real, memory)
+        if prefix is not None:
+            allowed = prefix.seen(past(time, read, device) if in_kernel else allowed, read)
+            in_kernel = False
+        view = View(self._rotation(positions), allowed, in_kernel, cache, real, memory, prefix)
+        if time != num_items:
+            view = view._replace(num_prompt=time - num_items)
         return x, view, mask
 
     def step(
@@ -442,6 +463,10 @@ class TransformerEncoder(Encoder):
             raise ConfigError("a cache needs a causal model (model.causal = true)")
         if documents is not None:
             raise DataError("a cache takes one document per row; leave `documents` out")
+
+    def _check_prompted(self, documents: Tensor | None) -> None:
+        if documents is not None:
+            raise DataError("a soft prompt takes one document per row; leave `documents` out")
 
     def _rotation(self, positions: Int[Tensor, "*batch time"]) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rotary":
@@ -472,6 +497,7 @@ def repacked(
     """These rows of a batch alone, between two steps, without padding that all of them end in.
 
     What all rows share (angles, distances) stays shared. For a view without cache and memory.
+    Sets of additions that were switched on for some rows only are not told of the new numbers.
     """
     num_rows, num_slots = mask.shape
 
@@ -495,7 +521,8 @@ def repacked(
             allowed = allowed[..., :num_left, :num_read]
             if real is None and allowed.dtype == torch.bool and bool(allowed.all()):
                 allowed = None
-    return x, view._replace(rotation=rotation, allowed=allowed, real=real), mask
+    prefix = None if view.prefix is None else view.prefix.select(rows)
+    return x, view._replace(rotation=rotation, allowed=allowed, real=real, prefix=prefix), mask
 
 
 def build_embedding(config: Config, spec: Spec) -> InputEmbedding:

@@ -64,7 +64,7 @@ def score_by_labels(compare: Compare, width: int, height: int) -> str:
     arms, counts = arm_order(compare), compare.label_counts
     seeds = [s for by_count in compare.scores.values() for v in by_count.values() for s in v]
     bounds = {
-        (arm, count): _clipped(interval(values), seeds)
+        (arm, count): clipped(interval(values), seeds)
         for arm in arms
         for count, values in compare.scores[arm].items()
     }
@@ -117,7 +117,7 @@ def log_range(counts: Sequence[int]) -> tuple[float, float]:
     return counts[0] / room, counts[-1] * room
 
 
-def _clipped(
+def clipped(
     estimate: tuple[float, float | None], scores: Sequence[float]
 ) -> tuple[float, float, float]:
     """(low, mean, high); an interval of scores between 0 and 1 does not leave that range."""

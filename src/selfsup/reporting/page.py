@@ -7,7 +7,7 @@ from pathlib import Path
 
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
-from selfsup.reporting import charts, sections
+from selfsup.reporting import charts, sections, suite, tunings
 from selfsup.reporting.evidence import ARM_NAMES, anomaly_verdict, probe_verdict, verdict
 from selfsup.reporting.examples import examples
 from selfsup.reporting.markup import code, rounded, section, text, tiles
@@ -68,6 +68,8 @@ def headline(run: Run) -> tuple[str, str]:
         return anomaly_verdict(run.anomaly["scores"])
     if run.probe:
         return probe_verdict(run.probe["scores"])
+    if run.suites:
+        return suite.headline(run.suites[0])
     steps, scores = run.curve("score", "valid")
     if scores:
         sentence = f"Validation score {scores[0]:.2f} → {scores[-1]:.2f} in {steps[-1]:,} steps"
@@ -174,9 +176,12 @@ def _run_sections(run: Run, prefix: str) -> tuple[list[tuple[str, str]], str]:
         name = name if not suffix else f"{name}: {compare.task or compare.name}"
         anchor = f"{prefix}evidence{suffix}"
         parts.append((anchor, "Evidence", sections.evidence(compare, anchor, name)))
+        anchor = f"{prefix}tunings{suffix}"
+        parts.append((anchor, "Tunings", tunings.tunings(compare, anchor)))
         anchor = f"{prefix}finetuning{suffix}"
         parts.append((anchor, "Fine-tuning", sections.finetuning(compare, anchor)))
     for name, build in (
+        ("Suites", suite.suites),
         ("Anomalies", sections.anomalies),
         ("Training", sections.training),
         ("Speed", sections.speed),

@@ -20,6 +20,8 @@ class Compare:
         name: the file it came from.
         task, metric: what was learned, and what is measured.
         scores: arm -> number of labels -> one score per seed.
+        tunings: the pre-trained arm by tuning: `scores` as above, `seconds` in the same form, and
+            what it costs: `trained`, `share`, `step_seconds`, `memory`, `file_bytes`.
         curves: fine-tuning curves: `arm`, `labels`, `seed`, `step`, `loss`, perhaps `score`.
         raw: the whole file.
     """
@@ -28,6 +30,7 @@ class Compare:
     task: str
     metric: str
     scores: dict[str, dict[int, list[float]]]
+    tunings: dict[str, Row]
     curves: list[Row]
     raw: Row
 
@@ -53,6 +56,7 @@ class Run:
         compares: the `compare*.json` files by name.
         fills, samples, pictures, probe, alignment, anomaly, embeddings: the content of those files,
             None where there is none.
+        suites: the `suite*/suite.json` files by name.
         warnings: what a reader must see first.
     """
 
@@ -68,6 +72,7 @@ class Run:
     alignment: Row | None
     anomaly: Row | None
     embeddings: Row | None
+    suites: list[Row]
     warnings: list[str]
 
     @property
@@ -127,6 +132,7 @@ def read_run(folder: Path) -> Run:
         alignment=_alignment(folder / "alignment.json"),
         anomaly=_anomaly(folder / "anomaly.json"),
         embeddings=_embeddings(folder / "embeddings.json"),
+        suites=[_suite(file) for file in sorted(folder.glob("suite*/suite.json"))],
         warnings=warnings + cut_metrics + cut_speed,
     )
 
@@ -140,19 +146,7 @@ def read_compare(path: Path) -> Compare:
     raw = _json(path, dict, ("metric", "arms"))
     if raw is None:
         raise CheckpointError(f"{path}: no such file; `selfsup compare RUN ...` makes it")
-    try:
-        scores = {
-            str(arm): {int(count): list(seeds) for count, seeds in by_count.items() if seeds}
-            for arm, by_count in raw["arms"].items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f'{path}: "arms" must hold arm -> number of labels -> one score per seed ({error})'
-        ) from error
-    for arm, by_count in scores.items():
-        for count, seeds in by_count.items():
-            if count < 1 or not all(map(finite, seeds)):
-                raise CheckpointError(f"{path}: arms.{arm}.{count} = {seeds}: not finite scores")
+    scores = _by_seed(path, "arms", raw["arms"])
     for place, row in enumerate(raw.get("curves") or []):
         lacking = [key for key in ("arm", "labels", "step", "loss") if key not in row]
         if lacking:
@@ -165,9 +159,53 @@ def read_compare(path: Path) -> Compare:
         task=str(raw.get("task", "")),
         metric=str(raw["metric"]),
         scores=scores,
+        tunings=_tunings(path, raw.get("tunings") or {}),
         curves=list(raw.get("curves") or []),
         raw=raw,
     )
+
+
+def _by_seed(path: Path, key: str, found: Any) -> dict[str, dict[int, list[float]]]:
+    """Scores by name, number of labels and seed, checked."""
+    try:
+        scores = {
+            str(name): {int(count): list(seeds) for count, seeds in by_count.items() if seeds}
+            for name, by_count in found.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{path}: "{key}" must hold arm -> number of labels -> one score per seed ({error})'
+        ) from error
+    for name, by_count in scores.items():
+        for count, seeds in by_count.items():
+            if count < 1 or not all(map(finite, seeds)):
+                raise CheckpointError(f"{path}: {key}.{name}.{count} = {seeds}: not finite scores")
+    return scores
+
+
+def _tunings(path: Path, found: dict[str, Row]) -> dict[str, Row]:
+    """Scores and costs of tunings, their numbers checked."""
+    costs = ("trained", "share", "step_seconds", "memory", "file_bytes")
+    for name, tuning in found.items():
+        if not all(finite(tuning.get(key)) and tuning[key] > 0 for key in costs):
+            raise CheckpointError(
+                f"{path}: tunings.{name} must hold numbers above 0: {', '.join(costs)}; run "
+                "`selfsup compare` again"
+            )
+    by_key = {
+        key: _by_seed(path, "tunings", {name: tuning.get(key) for name, tuning in found.items()})
+        for key in ("scores", "seconds")
+    }
+    for name in found:
+        if (
+            by_key["scores"][name].keys() != by_key["seconds"][name].keys()
+            or not found[name]["scores"]
+        ):
+            raise CheckpointError(f"{path}: tunings.{name} lacks scores, or seconds for them")
+    return {
+        name: {**tuning, **{key: by_key[key][name] for key in by_key}}
+        for name, tuning in found.items()
+    }
 
 
 def _embeddings(path: Path) -> Row | None:
@@ -198,6 +236,19 @@ def _alignment(path: Path) -> Row | None:
                     f"{path}: scores.{name}[{layer}] must hold the numbers {', '.join(keys)}; run "
                     "`selfsup align` again"
                 )
+    return found
+
+
+def _suite(path: Path) -> Row:
+    """The scores of a suite of tasks, their numbers checked."""
+    found: Row = _json(path, dict, ("title", "overall", "tasks", "lines"))
+    for name, task in found["tasks"].items():
+        scores = task.get("score", []) if task.get("state") == "done" else [0.0]
+        if not scores or not all(map(finite, scores)):
+            raise CheckpointError(
+                f"{path}: tasks.{name}.score = {scores}: not finite scores; run `selfsup evaluate` "
+                "again"
+            )
     return found
 
 

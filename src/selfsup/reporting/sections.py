@@ -44,7 +44,7 @@ def evidence(compare: Compare, anchor: str, title: str) -> str:
     conclusions = "".join(
         f"<li>{text(verdict(compare, count).conclusion)}</li>" for count in counts
     )
-    drawn = ("arms", "curves", "label_counts", "metric", "command", "verdict")
+    drawn = ("arms", "tunings", "curves", "label_counts", "metric", "command", "verdict")
     rest = {key: value for key, value in compare.raw.items() if key not in drawn}
     how = _details("How this was measured", rest)
     body = (

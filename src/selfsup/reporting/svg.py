@@ -148,6 +148,25 @@ class Plot:
         plot._add("rect", "frame", x="1", y="1", width=side, height=side, rx="8")
         return plot
 
+    @classmethod
+    def of_rows(
+        cls, label: str, names: Sequence[str], x: tuple[float, float], width: int, x_title: str
+    ) -> "Plot":
+        """A row for each name, the first on top; its vertical place is its number, from 0."""
+        height = 30 * len(names) + 52
+        plot = cls(label, x, (0, 1), width=width, height=height, x_title=x_title, right=20)
+        plot.parts.clear()
+        plot.left = 14 + CHARACTER * max(map(len, names))
+        plot.x = Scale(*x, plot.left, width - plot.right)
+        plot.y = Scale(-0.5, len(names) - 0.5, 4, plot.bottom)
+        plot._axes(ticks(*x, count=max(3, width // 120)), ())
+        for place, name in enumerate(names):
+            at = plot.y(place)
+            plot._add("path", "grid", d=f"M{_px(plot.left)} {_px(at)}H{_px(width - plot.right)}")
+            plot.label_at(plot.left - 8, at + 4, name, "tick end")
+        plot.label_at(width - plot.right, height - 6, x_title, "title end")
+        return plot
+
     def _add(self, tag: str, classes: str, content: str = "", **attributes: str) -> None:
         values = "".join(f' {name}="{value}"' for name, value in attributes.items())
         self.parts.append(f'<{tag} class="{classes}"{values}>{content}</{tag}>')

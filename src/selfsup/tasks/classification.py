@@ -9,7 +9,7 @@ Deviation: the vector is by default the mean over real positions, which also sui
 were never taught to put anything into [CLS].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
@@ -18,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
-from selfsup.models.encoder import Encoder, masked_mean
+from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Output, Predictions, Task
+from selfsup.tasks.exits import Config as ExitConfig
+from selfsup.tasks.exits import Exits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Config:
     """Dropout before the head."""
     pooling: Literal["encoder", "mean", "cls"] = "mean"
     """The encoder's own `pooled`, the mean over real positions, or the first position."""
+    exits: ExitConfig = field(default_factory=ExitConfig)
+    """Heads behind the earlier layers, so that easy examples leave early: `tasks.exits`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -55,7 +59,7 @@ class Classification(Task):
     """
 
     fields = ("label",)
-    kept = ("encoder", "head")
+    kept = ("encoder", "head", "exits")
     metric = "accuracy"
 
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...]):
@@ -65,23 +69,46 @@ class Classification(Task):
         self.head = nn.Linear(encoder.dim, len(names))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
+        self.exits = (
+            Exits(config.exits, encoder, len(names), config.pooling, config.dropout)
+            if config.exits.training != "none"
+            else None
+        )
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch,) int64; `generator` is not used."""
-        loss, accuracy = classification_loss(self._logits(batch), batch["label"])
-        return Output(loss, len(batch["label"]), {"accuracy": accuracy})
+        label = batch["label"]
+        if self.exits is None:
+            loss, accuracy = classification_loss(self.read(self.encoder(batch)), label)
+        else:
+            loss, logits = self.exits.loss(
+                self, batch, self.head, lambda logits: classification_loss(logits, label)[0]
+            )
+            _, accuracy = classification_loss(logits, label)
+        return Output(loss, len(label), {"accuracy": accuracy})
+
+    def after_step(self, step: int, total: int) -> None:
+        """Tells the exits how far training is."""
+        if self.exits is not None:
+            self.exits.after_step(step, total)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
         """Class numbers (batch,) and probabilities (batch, classes), without dropout."""
         training = self.training
-        self.eval()
-        scores = self._logits(batch).softmax(-1)
-        self.train(training)
+        if training:
+            self.eval()
+        if self.exits is None:
+            logits = self.read(self.encoder(batch))
+        else:
+            logits, _ = self.exits.leave(self.encoder, batch, self.head)
+        if training:
+            self.train()
+        scores = logits.softmax(-1)
         return Predictions(scores.argmax(-1), scores)
 
-    def _logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
-        features = self.encoder(batch)
+    def read(self, features: Features) -> Float[Tensor, "batch classes"]:
+        """Logits, float32, of what the encoder gave."""
         match self.config.pooling:
             case "encoder":
                 vector = features.pooled

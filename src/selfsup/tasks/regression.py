@@ -9,7 +9,7 @@ Deviation: BERT's STS-B fine-tuning regresses on the raw scores 0 to 5.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 import numpy as np
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch
 from selfsup.errors import DataError
-from selfsup.models.encoder import Encoder, masked_mean
+from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Output, Predictions, Task
+from selfsup.tasks.exits import Config as ExitConfig
+from selfsup.tasks.exits import Exits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,17 @@ class Config:
     """Dropout before the head."""
     pooling: Literal["encoder", "mean", "cls"] = "mean"
     """The encoder's own `pooled`, the mean over real positions, or the first position."""
+    exits: ExitConfig = field(default_factory=lambda: ExitConfig(rule="patience"))
+    """Heads behind the earlier layers, so that easy examples leave early: `tasks.exits`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.exits.rule != "patience" or self.exits.training == "distilled":
+            raise ValueError(
+                "numbers have no entropy: exits.rule must be 'patience', and exits.training "
+                "'joint' or 'two_stage'"
+            )
 
 
 def regression_loss(
@@ -79,7 +88,7 @@ class Regression(Task):
     """
 
     fields = ("label",)
-    kept = ("encoder", "head")
+    kept = ("encoder", "head", "exits")
     metric = "spearman"
 
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...] = ()):
@@ -87,6 +96,11 @@ class Regression(Task):
         self.config, self.encoder, self.names = config, encoder, names
         self.dropout = nn.Dropout(config.dropout)
         self.head = Head(encoder.dim)
+        self.exits = (
+            Exits(config.exits, encoder, 1, config.pooling, config.dropout)
+            if config.exits.training != "none"
+            else None
+        )
 
     def fit_labels(self, labels: Sequence[float]) -> None:
         """Sets the mean and standard deviation of the training labels, kept with the head.
@@ -103,22 +117,42 @@ class Regression(Task):
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Squared error of standardised `label` (batch,) float32; `generator` is not used."""
         label = batch["label"]
-        loss, error = regression_loss(
-            self._standardised(batch), label, self.head.mean, self.head.std
-        )
+        scale = self.head.mean, self.head.std
+        if self.exits is None:
+            loss, error = regression_loss(self.read(self.encoder(batch)), label, *scale)
+        else:
+            loss, answer = self.exits.loss(
+                self,
+                batch,
+                self.head.linear,
+                lambda answer: regression_loss(answer.squeeze(1), label, *scale)[0],
+            )
+            _, error = regression_loss(answer.squeeze(1), label, *scale)
         return Output(loss, len(label), {"absolute_error": error})
+
+    def after_step(self, step: int, total: int) -> None:
+        """Tells the exits how far training is."""
+        if self.exits is not None:
+            self.exits.after_step(step, total)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Predictions:
         """Values in the labels' unit (batch,), twice, without dropout."""
         training = self.training
-        self.eval()
-        values = self.head.mean + self.head.std * self._standardised(batch)
-        self.train(training)
+        if training:
+            self.eval()
+        if self.exits is None:
+            standardised = self.read(self.encoder(batch))
+        else:
+            answer, _ = self.exits.leave(self.encoder, batch, self.head.linear)
+            standardised = answer.squeeze(1)
+        if training:
+            self.train()
+        values = self.head.mean + self.head.std * standardised
         return Predictions(values, values)
 
-    def _standardised(self, batch: Batch) -> Float[Tensor, " batch"]:
-        features = self.encoder(batch)
+    def read(self, features: Features) -> Float[Tensor, " batch"]:
+        """Standardised labels, float32, of what the encoder gave."""
         match self.config.pooling:
             case "encoder":
                 vector = features.pooled

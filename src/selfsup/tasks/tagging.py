@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
-from selfsup.models.encoder import Encoder
+from selfsup.models.encoder import Encoder, Features
 from selfsup.objective import Output, Predictions, Task
 
 IGNORED = -100
@@ -74,7 +74,7 @@ class Tagging(Task):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch, time) at first tokens; `generator` is not used."""
-        loss, accuracy, count = tagging_loss(self._logits(batch), batch["label"])
+        loss, accuracy, count = tagging_loss(self.read(self.encoder(batch)), batch["label"])
         return Output(loss, count, {"accuracy": accuracy})
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class Tagging(Task):
         """
         training = self.training
         self.eval()
-        scores = self._logits(batch).softmax(-1)
+        scores = self.read(self.encoder(batch)).softmax(-1)
         self.train(training)
         row, column = torch.nonzero(batch["words"] >= 0, as_tuple=True)
         word = batch["words"][row, column]
@@ -99,5 +99,6 @@ class Tagging(Task):
         values[row, word] = scores[row, column].argmax(-1)
         return Predictions(values, by_word)
 
-    def _logits(self, batch: Batch) -> Float[Tensor, "batch time tags"]:
-        return self.head(self.dropout(self.encoder(batch).last)).float()
+    def read(self, features: Features) -> Float[Tensor, "batch time tags"]:
+        """Logits, float32, of what the encoder gave."""
+        return self.head(self.dropout(features.last)).float()

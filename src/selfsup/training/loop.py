@@ -232,7 +232,7 @@ class _Run:
             final=config.final_lr,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"] = self.learning_rate * group["lr_scale"]
 
     def _progress_of_step(self) -> float:
         # Step n of N is trained with the rate at n + 1, so that the first step is not lost to zero.

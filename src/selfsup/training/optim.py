@@ -13,12 +13,20 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters.
 
-    Biases, norms and other vectors are not decayed, as in BERT and GPT-2.
+    Biases, norms and other vectors are not decayed, as in BERT and GPT-2. A parameter that has the
+    attribute `lr_scale` learns at that many times the rate; each such group says it too.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            by_scale.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": part, "weight_decay": decay, "lr_scale": scale}
+        for scale, trained in by_scale.items()
+        for part, decay in (
+            ([p for p in trained if p.ndim >= 2], weight_decay),
+            ([p for p in trained if p.ndim < 2], 0.0),
+        )
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

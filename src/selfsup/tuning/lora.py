@@ -62,7 +62,7 @@ class LoRA(Part):
 
     def __init__(self, layer: nn.Linear, shares: tuple[int, ...], config: Config):
         super().__init__()
-        self.shares = shares or (0,)
+        self.fused, self.shares = bool(shares), shares or (0,)
         self.width = layer.out_features // (3 if shares else 1)  # query, key, value
         self.scale = config.alpha / config.rank
         self.dropout = nn.Dropout(config.dropout)

@@ -3,7 +3,8 @@
 A place is a module of the encoder, by its name in `named_modules`. What the module gives is changed
 by the part that sits there: a hook hands the module's input and output to the part. So the encoder
 keeps its classes, its weights their names, and all that is new lies in one submodule,
-`encoder.additions`, which is what a tuned run saves.
+`encoder.additions`, which is what a tuned run saves. What no module gives (a prefix, a prompt) a
+transformer asks for itself.
 
 An encoder may carry several sets, one for each task that it was tuned for. `Additions.switch`
 says which set works on which rows of the batches that follow.
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from selfsup.errors import ConfigError
 from selfsup.models.encoder import Encoder
+from selfsup.models.transformer import Block, TransformerEncoder
 
 OWN = "own"
 """The set of a run that was tuned by itself."""
@@ -36,7 +38,13 @@ class Where(NamedTuple):
 
 
 class Part(nn.Module):
-    """What is added at one place."""
+    """What is added at one place.
+
+    Attributes:
+        on_input: it changes what its module reads, and is called before it with that as x and y.
+    """
+
+    on_input: bool = False
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The new output of a module that read `x` and gave `y`, both with the batch in front."""
@@ -70,13 +78,31 @@ class Additions(nn.ModuleDict):
 
     def at(self, place: str, x: Tensor, y: Tensor) -> Tensor:
         """The output `y` of the module at a place, changed by the active parts there."""
+        for rows, part in self.working(place):
+            if part.on_input:
+                continue
+            if rows is None:
+                y = part(x, y)
+            elif len(rows):
+                y = y.index_copy(0, rows, part(x[rows], y[rows]))
+        return y
+
+    def before(self, place: str, x: Tensor) -> Tensor:
+        """What the module at a place reads instead of `x`."""
+        for rows, part in self.working(place):
+            if not part.on_input:
+                continue
+            if rows is None:
+                x = part(x, x)
+            elif len(rows):
+                x = x.index_copy(0, rows, part(x[rows], x[rows]))
+        return x
+
+    def working(self, place: str) -> Iterator[tuple[Rows, Any]]:
+        """The active parts at one place, and on which rows."""
         for name, rows in self.active:
             for part in self.parts(name, place):
-                if rows is None:
-                    y = part(x, y)
-                elif len(rows):
-                    y = y.index_copy(0, rows, part(x[rows], y[rows]))
-        return y
+                yield rows, part
 
     def parts(self, name: str, place: str) -> Iterator[Any]:
         """The parts of one set at one place, in the order in which they were added."""
@@ -89,6 +115,17 @@ class Additions(nn.ModuleDict):
         for place, kinds in cast(nn.ModuleDict, self[name]).items():
             for kind, part in cast(nn.ModuleDict, kinds).items():
                 yield place, kind, part
+
+
+class InputHook:
+    """Stands before one place of an encoder and calls its additions."""
+
+    def __init__(self, additions: Additions, place: str):
+        self.additions, self.place = additions, place
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As `register_forward_pre_hook` wants it."""
+        return self.additions.before(self.place, inputs[0]), *inputs[1:]
 
 
 class Hook:
@@ -121,7 +158,7 @@ def innermost(encoder: Encoder) -> Encoder:
     return list(wrapped(encoder))[-1]
 
 
-def add(encoder: Encoder, name: str, kind: str, place: str, part: nn.Module) -> None:
+def add(encoder: Encoder, name: str, kind: str, place: str, part: Part) -> None:
     """Adds a part of the tuning `kind` to the set `name`, and switches that set on for all rows.
 
     Raises:
@@ -142,14 +179,12 @@ def add(encoder: Encoder, name: str, kind: str, place: str, part: nn.Module) -> 
             "its base"
         )
     kinds[kind] = part
-    hooked = {
-        hook.place
-        for module in encoder.modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(hook, Hook)
-    }
-    if place and key not in hooked:
-        encoder.get_submodule(place).register_forward_hook(Hook(additions, key))
+    module = encoder.get_submodule(place)
+    if not any(isinstance(hook, Hook) for hook in module._forward_hooks.values()):
+        module.register_forward_hook(Hook(additions, key))
+    before = module._forward_pre_hooks.values()
+    if part.on_input and not any(isinstance(h, InputHook) for h in before):
+        module.register_forward_pre_hook(InputHook(additions, key))
 
 
 def merge(encoder: Encoder, name: str = OWN) -> None:
@@ -162,13 +197,49 @@ def merge(encoder: Encoder, name: str = OWN) -> None:
     additions = additions_of(encoder)
     kept = {key: value.clone() for key, value in encoder.state_dict().items()}
     try:
-        for place, _, part in additions.every(name):
+        # what changes a module's input does so for all that was added to it: its turn is last
+        for place, _, part in sorted(additions.every(name), key=lambda one: one[2].on_input):
             part.merge(encoder.get_submodule(place.replace("/", ".")))
     except ConfigError:
         encoder.load_state_dict(kept)
         raise
     additions.active = tuple(one for one in additions.active if one[0] != name)
     del additions[name]
+
+
+def blocks(encoder: Encoder, tuning: str) -> dict[str, Block]:
+    """The transformer blocks of an encoder by name, for a tuning whose parts sit in them.
+
+    Raises:
+        ConfigError: there are none, or their feed-forward layers are experts.
+    """
+    found = {name: part for name, part in encoder.named_modules() if isinstance(part, Block)}
+    if not found:
+        raise ConfigError(
+            f"{tuning} sits in transformer blocks, and {type(encoder).__name__} has none: use full"
+        )
+    if any(block.routed for block in found.values()):
+        raise ConfigError(
+            f"{tuning} sits in feed-forward layers, and this encoder's are experts "
+            f"(model.experts): use lora with targets query, key, value or out"
+        )
+    return found
+
+
+def stacks(encoder: Encoder, tuning: str) -> dict[str, TransformerEncoder]:
+    """The transformers that an encoder is, or is made of; their name with a "." behind, or "".
+
+    Raises:
+        ConfigError: there are none.
+    """
+    found = {
+        f"{name}." if name else "": part
+        for name, part in encoder.named_modules()
+        if isinstance(part, TransformerEncoder)
+    }
+    if not found:
+        raise ConfigError(f"{tuning} needs a transformer, and this is a {type(encoder).__name__}")
+    return found
 
 
 def linear_places(encoder: Encoder, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
