@@ -21,6 +21,7 @@ from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation import (
     anomaly,
     detectors,
+    early_exit,
     frozen,
     frozen_forecasts,
     in_context,
@@ -45,6 +46,7 @@ from selfsup.run_start import (
     say_start,
     write_run,
 )
+from selfsup.tasks.classification import Classification
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast
 from selfsup.training.evaluate import evaluate as held_out_loss
@@ -62,17 +64,18 @@ PREDICTS_TOKENS = ("causal_language", "bidirectional_language")
 """Methods whose loss is nats per token of a text."""
 
 
-def load(run: str | Path, device: str = "auto") -> Model:
+def load(run: str | Path, device: str = "auto", settings: dict[str, Any] | None = None) -> Model:
     """Loads a run's model: `.embed`, `.fill`, `.generate`, `.predict`, `.score`, `.anomalies`.
 
     Args:
         run: a run folder, or its `model/` folder.
         device: auto, cpu or cuda.
+        settings: of a fine-tuned run's task: {"task.num_beams": 4}.
 
     Raises:
         CheckpointError: there is no finished model, or it is damaged.
     """
-    return load_model(run, device)
+    return load_model(run, device, settings)
 
 
 def load_many(
@@ -267,6 +270,8 @@ def finetune(
             valid=valid_data,
             folder=folder,
         )
+        if valid_data and isinstance(built, Classification) and built.exits is not None:
+            early_exit.calibrate(built, rows_of(built, preprocessor, valid_data))
         if chosen.whole:  # the base is not needed any more: what it had added is said here
             tunings = joined(base.values.get("tuning"), chosen.values())
             save_model(folder.path / "model", built, sections | {"tuning": tunings}, preprocessor)
@@ -284,6 +289,7 @@ def evaluate(
     data: str | Path | None = None,
     columns: Columns | None = None,
     normal: str | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Scores a run on data it was not trained on; anomalies also go to anomaly.json in the run.
 
@@ -294,12 +300,13 @@ def evaluate(
         columns: as for `finetune`. A `label` makes `data` a labelled file for a pre-trained run
             too: one that rebuilds rows or pictures is compared with other detectors of anomalies.
         normal: the label of normal items, all others being anomalies.
+        settings: as for `load`.
 
     Returns:
         metric names and values; by detector where detectors are compared, by name of the corpus
         where there are several.
     """
-    model, columns = load_model(run), columns or {}
+    model, columns = load_model(run, settings=settings), columns or {}
     fine_tuned = isinstance(model.objective, Task)
     if normal is not None or ("label" in columns and not fine_tuned):
         found = detectors.evaluate(model, run, data, columns, normal)
@@ -357,6 +364,8 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
     scores = {n: float(METRICS[n](truth, guess)) for n in names}
     if task == "tagging":  # what the most frequent tag of this file would score everywhere
         scores["majority"] = max(Counter(truth).values()) / len(truth)
+    if getattr(model.objective, "exits", None) is not None:
+        scores["layers"] = float(early_exit.layers_used(model.objective, held_out)[1].mean())  # type: ignore[arg-type]
     return {"examples": len(labelled), **scores}
 
 
@@ -579,14 +588,15 @@ def import_(source: str | Path, out: str | Path, base: str | Path | None = None)
 
     Args:
         source: a folder of `transformers` with safetensors, a name on the Hugging Face Hub, or a
-            folder of PEFT: see `interop.peft`.
+            folder of PEFT: see `interop.peft_import`.
         out: the run folder to make.
         base: for a folder of PEFT: a run of the model that it was trained over.
 
     Returns:
         the run folder: `finetune`, `compare`, `load` and the others take it as one of their own.
     """
-    from selfsup.interop.peft import import_adapter, is_adapter
+    from selfsup.interop.peft import is_adapter
+    from selfsup.interop.peft_import import import_adapter
     from selfsup.interop.transformers import import_run
 
     if base is not None:

@@ -246,6 +246,12 @@ def _add_training_verbs(parsers: Any) -> None:
         "--normal", metavar="VALUE", help="the label of normal rows, all others being anomalies"
     )
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
+    p.add_argument(
+        "--exits",
+        metavar="VALID",
+        help="score and speed of early exits, whose thresholds are chosen on this labelled file",
+    )
+    _set_option(p, "task.exits.rule=patience task.exits.patience=2 task.num_beams=4")
     _column_options(p)
     group = p.add_argument_group("a suite of tasks")
     group.add_argument("--suite", metavar="NAME|FILE", help="a suite (selfsup list suites) or TOML")
@@ -318,6 +324,7 @@ def _add_using_verbs(parsers: Any) -> None:
     p.add_argument("--data", nargs="+", help="files of the kind that the run was trained on")
     p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")
     p.add_argument("--text-b", metavar="COLUMN", help="the second text, for a model of pairs")
+    _set_option(p, "task.exits.rule=patience task.exits.patience=2 task.num_beams=4")
 
 
 def _add_prompt(parsers: Any) -> None:

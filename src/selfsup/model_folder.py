@@ -17,7 +17,7 @@ import torch
 
 from selfsup import registry
 from selfsup.batch import Batch
-from selfsup.config import from_mapping, read_toml, write_toml
+from selfsup.config import from_mapping, overridden, read_toml, write_toml
 from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.files import sha256, whole_folder
@@ -172,13 +172,25 @@ def check_base(path: Path, section: dict[str, str], base: Base) -> None:
         )
 
 
-def load_model(run: str | Path, device: str = "auto") -> "Model":
+def load_model(
+    run: str | Path, device: str = "auto", settings: dict[str, Any] | None = None
+) -> "Model":
     """Loads a run's folder, or its `model/` folder.
+
+    Args:
+        run: the folder.
+        device: auto, cpu or cuda.
+        settings: changes to what a task does when it predicts: {"task.num_beams": 4}.
 
     Raises:
         CheckpointError: there is no finished model, or it is damaged.
+        ConfigError: a setting of something else.
     """
     path, values = read_folder(run)
+    for key in settings or {}:
+        if not key.startswith("task.") or "task" not in values:
+            raise ConfigError(f"--set {key}: of a finished run only keys of its task can be set")
+    values = overridden(values, settings or {})
     base = load_base(path, values["base"]) if "base" in values else None
     return assemble(path, values, base, device)
 

@@ -192,7 +192,12 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     if given or options.out:
         raise ConfigError(f"--{next(iter(given), 'out').replace('_', '-')} is for a --suite")
-    scores = api.evaluate(options.model, options.data, _columns(options), options.normal)
+    if options.exits is not None:
+        _evaluate_exits(options)
+        return
+    scores = api.evaluate(
+        options.model, options.data, _columns(options), options.normal, _settings(options)
+    )
     if options.record:
         seconds = time.monotonic() - started
         results.record_evaluation(options.record, options.model, scores, seconds)
@@ -201,6 +206,26 @@ def evaluate(options: argparse.Namespace) -> None:
             print("\t".join([f"{name:<20}", *(f"{k} {v:.4f}" for k, v in value.items())]))
         else:
             print(f"{name}\t{value:.6g}")
+
+
+def _evaluate_exits(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from selfsup import results
+    from selfsup.evaluation import early_exit
+
+    if options.data is None:
+        raise ConfigError("--exits chooses on its file and scores on another: give --data TEST")
+    found = early_exit.measure_run(options.model, options.exits, options.data, _columns(options))
+    if options.record:
+        scores = {key: found[key] for key in ("metric", "full", "settings", "chosen")}
+        results.record_evaluation(options.record, options.model, scores, found["seconds"])
+    header, *rows = early_exit.table(found)
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _evaluate_suite(options: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -317,7 +342,7 @@ def predict(options: argparse.Namespace) -> None:
 
     if not options.items and not options.data:
         raise ConfigError("nothing to predict: give items, or --data FILE")
-    model = api.load(options.model)
+    model = api.load(options.model, settings=_settings(options))
     items: list[tuple[str, Any]] = [(item, item) for item in options.items]
     if options.data and options.text_b:
         items += [(" | ".join(pair), pair) for pair in _pairs(options)]

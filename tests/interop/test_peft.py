@@ -16,7 +16,8 @@ import selfsup
 from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.evaluation.adapt import new_task
-from selfsup.interop.peft import export_adapter, import_adapter
+from selfsup.interop.peft import export_adapter
+from selfsup.interop.peft_import import import_adapter
 from selfsup.interop.transformers import export_run, import_run
 from selfsup.model_folder import Base, load_model, save_model
 from selfsup.randomness import isolated, torch_generator

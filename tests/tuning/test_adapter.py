@@ -115,9 +115,11 @@ def test_sets_in_one_batch():
     assert not torch.allclose(found["first"], found["second"])
 
 
-@pytest.mark.parametrize("tuning", ["adapter", "ia3", "bias", "prefix"])
+@pytest.mark.parametrize(
+    ("tuning", "lr"), [("adapter", 0.01), ("ia3", 0.1), ("bias", 0.01), ("prefix", 0.1)]
+)
 @pytest.mark.parametrize("kind", ["image", "audio"])
-def test_the_same_tuning_on_pictures_and_speech(kind, tuning):
+def test_the_same_tuning_on_pictures_and_speech(kind, tuning, lr):
     if kind == "image":
         spec = ImageSpec(size=8, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
         batch = {"image": torch.randn(2, 3, 8, 8, generator=torch_generator(0, "image"))}
@@ -125,13 +127,13 @@ def test_the_same_tuning_on_pictures_and_speech(kind, tuning):
         spec = AudioSpec(rate=8000, mel=8, hop=80)
         batch = {"frames": torch.randn(2, 12, 8, generator=torch_generator(0, "frames"))}
     batch["label"] = BATCH["label"]
-    task = classifier(TransformerEncoder(Config(**SHAPE), spec))
+    task = classifier(TransformerEncoder(Config(**SHAPE, init_std=0.3), spec))
     tune(task, Tuning.of(tuning))
     kept = {name: p.clone() for name, p in task.named_parameters() if not p.requires_grad}
     task.head.requires_grad_(False)  # so that it is the tuning that learns
     nn.init.normal_(task.head.weight, generator=torch_generator(0, "head"))
     assert trained(task)[0] > 0
-    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=lr)
     losses = []
     for step in range(20):
         loss = task.loss(batch, torch_generator(0, "loss", step)).loss
@@ -139,7 +141,7 @@ def test_the_same_tuning_on_pictures_and_speech(kind, tuning):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0], losses
+    assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(p, kept[n]) for n, p in task.named_parameters() if n in kept)
 
 

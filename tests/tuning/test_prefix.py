@@ -146,7 +146,7 @@ def test_writing_with_a_cache_equals_writing_without(positions):
     encoder = TransformerEncoder(
         Config(**SHAPE, causal=True, pooling="last", positions=positions), Vocabulary(size=20)
     )
-    task = prefixed(classifier(encoder), length=3, shift_positions=True)
+    prefixed(classifier(encoder), length=3, shift_positions=True)
     head = VocabularyHead(encoder, transform=False)
     encoder.embedding.tokens.weight.data *= 20  # so that what is written depends on what is read
     prompts = {"tokens": PADDED["tokens"], "mask": PADDED["mask"]}

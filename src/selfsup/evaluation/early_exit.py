@@ -143,10 +143,11 @@ def calibrate(task: Classification, valid: LabelledDataset) -> list[float]:
 
 
 @torch.inference_mode()
-def layers_used(task: Task, data: LabelledDataset) -> tuple[float, Int[np.ndarray, " items"]]:
+def layers_used(task: Any, data: LabelledDataset) -> tuple[float, Int[np.ndarray, " items"]]:
     """The task's metric as its exits are set, and the layer behind which each item left."""
-    exits, task = exits_of(task), task.eval()
-    head: Any = task.head if isinstance(task, Classification) else task.head.linear
+    exits, head = exits_of(task.eval()), task.head
+    if not isinstance(task, Classification):
+        head = head.linear
     layers = np.empty(len(data), dtype=np.int64)
     answers = np.empty((len(data), exits.outputs), dtype=np.float32)
     for numbers, batch in _batches(task, data, 64):
@@ -331,14 +332,14 @@ def measure_run(
     exits_of(task)
     name = model.values["task"]["name"]
     read = registry.module_of(registry.DATA, "data", model.values["data"]["name"]).read_labels
-    parts = [
+    watched, scored = (
         rows_of(
             task, model.preprocessor, read(path, name, names=model.names or None, **(columns or {}))
         )
         for path in (valid, test)
-    ]
+    )
     result = {
-        **measure(task, *parts, settings),
+        **measure(task, watched, scored, settings),
         "seconds": round(time.monotonic() - started, 1),
         "command": environment.command_line(),
     }

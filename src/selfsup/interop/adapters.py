@@ -50,6 +50,13 @@ def linear_rules(rules: list[Rule], encoder: Encoder) -> dict[str, Rule]:
     return out
 
 
+def layer_at(encoder: Encoder, place: str) -> nn.Linear:
+    """The linear layer at a place."""
+    layer = encoder.get_submodule(place)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
 def module_of(name: str) -> str:
     """The module that a weight belongs to."""
     return name.removesuffix(".weight")
@@ -118,7 +125,7 @@ def read_lora(
         here = {i: change for i, change in mine.items() if change is not None}
         if not here:
             continue
-        width = encoder.get_submodule(place).out_features // len(mine)
+        width = layer_at(encoder, place).out_features // len(mine)
         scaled = {i: change.b * (change.scale / scale) for i, change in here.items()}
         blank = next(iter(scaled.values()))
         parts: dict[int, Tensor] = {}  # each change alone, in our rows
@@ -203,21 +210,23 @@ def read_ia3(
     Raises:
         ConfigError: a factor that no other can stand for.
     """
-    left, out, moved = dict(factors), {}, {}
-    lost: list[str] = []
+    left, lost = dict(factors), []
+    out: dict[str, Tensor] = {}
+    moved: dict[str, Tensor] = {}
     for place, rule in rules.items():
         rule, last = replace(rule, scales=()), place.rpartition(".")[2]
         names = [module_of(name) for name in rule.theirs]
         if not any(name in left for name in names):
             continue
-        given = [left.pop(name, None) for name in names]
-        layer = encoder.get_submodule(place)
-        if last == "down" and given[0].shape == (1, layer.in_features):
+        layer = layer_at(encoder, place)
+        blank = torch.ones(layer.out_features // len(names), 1)
+        given = [left.pop(name, blank) for name in names]
+        on_input = given[0].shape == (1, layer.in_features)
+        if last == "down" and on_input:
             out[place] = given[0].flatten()
-        elif last in ("qkv", "kv") and all(x is None or x.shape[1] == 1 for x in given):
-            blank = torch.ones(layer.out_features // len(names), 1)
-            out[place] = rule.read([blank if x is None else x for x in given], 0).flatten()
-        elif last == "out" and given[0].shape == (1, layer.in_features):
+        elif last in ("qkv", "kv") and all(x.shape[1] == 1 for x in given):
+            out[place] = rule.read(given, 0).flatten()
+        elif last == "out" and on_input:
             moved[place] = given[0].flatten()
         else:
             lost.append(names[0])
@@ -227,7 +236,7 @@ def read_ia3(
     for place, values in moved.items():
         start = place.removesuffix("out")
         source = f"{start}qkv" if f"{start}qkv" in rules else f"{start}kv"
-        whole = out.get(source, torch.ones(encoder.get_submodule(source).out_features))
+        whole = out.get(source, torch.ones(layer_at(encoder, source).out_features))
         out[source] = torch.cat((whole[: -len(values)], whole[-len(values) :] * values))
     for place in [place for place in out if place.endswith("qkv")]:
         queries, keys, values = out[place].chunk(3)

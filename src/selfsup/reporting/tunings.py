@@ -7,11 +7,26 @@ from selfsup.reporting import charts
 from selfsup.reporting.evidence import interval, lower_is_better
 from selfsup.reporting.markup import compact, section, text
 from selfsup.reporting.runs import Compare, Row
-from selfsup.reporting.svg import CHARACTER, Plot, padded, spread
+from selfsup.reporting.svg import CHARACTER, Plot, padded
 
 WIDTH, HEIGHT = 380, 340
-SIZE = 1.15  # of a label in a small panel, against one of a large figure
-STEP = 20  # least distance between two names, in pixels
+SIZE = 1.32  # of a name in a small panel, against a label of a large figure
+SHIFTS = [shift * sign for shift in range(0, 73, 9) for sign in (1, -1)]
+"""How far above or below its dot a name may stand, in pixels."""
+
+
+class Box(NamedTuple):
+    """The place of a name or a dot, in pixels."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: "Box") -> bool:
+        """Whether the two cover each other."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
 
 
 class Panel(NamedTuple):
@@ -32,9 +47,12 @@ def tunings(compare: Compare, anchor: str) -> str:
     lead = (
         f"{better}The pre-trained network with {count:,} labelled {text(compare.unit)}: its "
         f"{text(compare.metric.replace('_', ' '))} against the parameters that are trained, and "
-        "against seconds and memory of a training step. Bars are 95% t-intervals over the seeds. "
-        "Seconds are of forward and backward pass. Memory is counted: what a step keeps for its "
-        "backward pass, gradients and the optimizer's moments of what is trained, all weights."
+        "against seconds and memory of a training step. Bars are 95% t-intervals over the seeds."
+    )
+    note = (
+        "A step: its forward and backward pass. Memory is counted: what a step keeps for its "
+        "backward pass, gradients and the optimizer's moments of what is trained, all weights. "
+        f"Training: one whole, with {count:,} labels. Saved: the weights in a run's folder."
     )
     head, rows = table(compare)
     cells = "".join(f"<th>{text(name)}</th>" for name in head[1:])
@@ -45,8 +63,8 @@ def tunings(compare: Compare, anchor: str) -> str:
         for place, row in enumerate(rows)
     )
     listed = (
-        f'<div class="scroll"><table><thead><tr><th>{head[0]}</th>{cells}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<p class="note">{note}</p><div class="scroll"><table><thead><tr><th>{head[0]}</th>'
+        f"{cells}</tr></thead><tbody>{body}</tbody></table></div>"
     )
     body = f'<figure><div class="grid small">{figure}</div></figure>{listed}'
     return section(anchor, "Tunings", lead, body)
@@ -104,13 +122,30 @@ def _panel(
 def _names(
     plot: Plot, names: Sequence[str], values: Sequence[float], means: Sequence[float]
 ) -> None:
-    """Each tuning's name beside its dot, on the side where there is room, apart from the others."""
-    ats = [plot.x(value) for value in values]
-    heights = spread([plot.y(mean) for mean in means], 42, plot.bottom - 8, STEP)
-    for place, (name, at, height) in enumerate(zip(names, ats, heights, strict=True)):
-        fits = at + 11 + SIZE * CHARACTER * len(name) < plot.width - plot.right
-        side = f"name {color(place)}" + ("" if fits else " end")
-        plot.label_at(at + (11 if fits else -11), height + 5, name, side)
+    """Each tuning's name near its dot, where it covers neither a dot nor another name."""
+    dots = [(plot.x(value), plot.y(mean)) for value, mean in zip(values, means, strict=True)]
+    taken = [Box(x - 7, x + 7, y - 7, y + 7) for x, y in dots]
+    for place, (name, (x, y)) in enumerate(zip(names, dots, strict=True)):
+        long = SIZE * CHARACTER * len(name)
+        near = [Box(x + 11, x + 11 + long, y - 9 + by, y + 7 + by) for by in SHIFTS]
+        near += [Box(x - 11 - long, x - 11, y - 9 + by, y + 7 + by) for by in SHIFTS]
+        near.sort(key=lambda box: abs(box.top - y + 9))  # as near as can be, to the right first
+        fitting = [box for box in near if _inside(plot, box)] or near
+        free = [box for box in fitting if not any(map(box.meets, taken))]
+        box = (free or fitting)[0]
+        taken.append(box)
+        left = box.right < x
+        at = box.right if left else box.left
+        plot.label_at(at, box.top + 14, name, f"name {color(place)}{' end' if left else ''}")
+
+
+def _inside(plot: Plot, box: Box) -> bool:
+    return (
+        plot.left < box.left
+        and box.right < plot.width
+        and box.top > 26
+        and box.bottom < plot.bottom
+    )
 
 
 def table(compare: Compare) -> tuple[list[str], list[list[str]]]:

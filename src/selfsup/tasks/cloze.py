@@ -146,7 +146,7 @@ class Cloze(Task):
             if not isinstance(method, FillsBlanks) or not isinstance(head, VocabularyHead):
                 raise ConfigError(
                     "this run was pre-trained without filling blanks, so no head knows words: "
-                    "cloze needs a masked_language or gpt_bert run; others take --task classification"
+                    "cloze needs a masked_language or gpt_bert run (or use --task classification)"
                 )
             self.head = copy.deepcopy(head)
             kind: Literal["bert", "tied"] = "bert" if head.transform else "tied"

@@ -3,11 +3,11 @@
 Schick and Schütze, "Exploiting Cloze Questions for Few Shot Text Classification and Natural
 Language Inference" (2020, arXiv 2001.07676). Nobody knows which template is good when there are
 few labels. So a cloze model is trained for each template (and seed), all of them score the
-unlabelled texts, and their weighted mean, softened by a temperature, is what a plain classifier is trained on
-(section 3.3). In iPET (section 3.4) the models also teach each other: each model of the next
-generation is trained on the labelled examples and on texts that some of the other models labelled,
-`growth` times as many in each generation, in the proportions of the labelled classes, and drawn
-in proportion to how sure those models are.
+unlabelled texts, and their weighted mean, softened by a temperature, is what a plain classifier is
+trained on (section 3.3). In iPET (section 3.4) the models also teach each other: each model of the
+next generation is trained on the labelled examples and on texts that some of the others labelled,
+`growth` times as many in each generation, in the proportions of the labelled classes, and drawn in
+proportion to how sure those models are.
 
 Axes: models: templates * seeds; items; classes.
 
