@@ -165,11 +165,17 @@ def comparison(result: dict) -> str:
         f"|---|{'---|' * len(arms)}",
     ]
     for count in map(str, result["label_counts"]):
-        cells = [interval(scores[count]) for scores in arms.values()]
-        shown = [f"{mean:.3f} ± {half:.3f}" for mean, half in cells]
+        shown = [with_interval(scores[count]) for scores in arms.values()]
         lines.append(f"| {count} | {' | '.join(shown)} |")
     what = f"{result['task']}, {result['metric']} on {result['test_size']:,} test examples"
-    return f"{what}, mean and 95% interval:\n\n" + "\n".join(lines)
+    how = "mean and 95% interval" if len(result["seeds"]) > 1 else "one seed"
+    return f"{what}, {how}:\n\n" + "\n".join(lines)
+
+
+def with_interval(scores: list[float]) -> str:
+    """A mean, and the half of its 95% interval where there are several seeds."""
+    mean, half = interval(scores)
+    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
 
 
 def numbers(scores: dict) -> str:

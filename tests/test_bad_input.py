@@ -376,7 +376,7 @@ def test_finetune(refused, masked_run, corpus, tmp_path):
         (("--labels", 8, "--jobs", -1), 2, "jobs must be at least 1, got -1"),
         (("--labels", 8, "--lrs", -1), 2, "learning rates must be above 0, got [-1.0]"),
         (("--labels", 8, "--seeds", 1, 1), 2, "seeds must differ, got [1, 1]"),
-        (("--labels", 8, "--tuning", "lora"), 2, "unknown tuning 'lora'"),
+        (("--labels", 8, "--tuning", "lorra"), 2, "unknown tuning 'lorra'"),
         (("--labels", 8, "--max-length", 2), 2, "max_length must be at least 5 tokens, got 2"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

@@ -133,7 +133,11 @@ def _add_training_verbs(parsers: Any) -> None:
     )
     p.add_argument("--valid", help="labelled file that is followed while training")
     p.add_argument("--out", required=True, help="the run folder to make")
-    p.add_argument("--tuning", default="full", help="full, probe (frozen encoder) or layer_mix")
+    p.add_argument(
+        "--tuning",
+        default="full",
+        help="which parameters move (selfsup list tunings); + joins several",
+    )
     p.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     p.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out"

@@ -189,7 +189,7 @@ class TunedModels:
             features = base.encoder(batch)
             for name, some in of.items():
                 model = self._models[name]
-                _given(model.objective).features = _sliced(features, some)
+                _give(model.objective, features, some)
                 own = {field: value[some] for field, value in batch.items()}
                 values = cast(Task, model.objective).predict(own).values
                 for place, answer in zip(places[name], values, strict=True):
@@ -229,13 +229,12 @@ def _stand_in(objective: Objective, shared: Encoder) -> None:
             return
 
 
-def _given(objective: Objective) -> Given:
-    return cast(Given, innermost(objective.encoder))
-
-
-def _sliced(features: Features, rows: torch.Tensor) -> Features:
-    hidden = tuple(layer[rows] for layer in features.hidden)
-    return Features(hidden, features.mask[rows], features.pooled[rows])
+def _give(objective: Objective, features: Features, rows: torch.Tensor) -> None:
+    """Gives a task its rows: all layers where a tuning mixes them, else the last."""
+    given = cast(Given, innermost(objective.encoder))
+    layers = features.hidden[-1:] if objective.encoder is given else features.hidden
+    hidden = tuple(layer[rows] for layer in layers)
+    given.features = Features(hidden, features.mask[rows], features.pooled[rows])
 
 
 def _rows_of(name: str, model: Model, numbers: list[int], items: list[Any]) -> list[Row]:

@@ -9,7 +9,7 @@ import pytest
 import tokenizers as library
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 import selfsup
@@ -37,6 +37,9 @@ BERT = {
 }
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 26}
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+T5 |= {"relative_attention_max_distance": 20, "relative_attention_num_buckets": 8}
+T5 |= {"decoder_start_token_id": 0, "feed_forward_proj": "gated-gelu"}
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(56))]
 
 
@@ -49,16 +52,32 @@ def spread(module: nn.Module, seed: str, std: float) -> None:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Runs of BERT and GPT-2, and what they are exported as."""
+    """Runs of BERT, GPT-2 and T5, and what they are exported as."""
     import transformers
 
     folder, out = tmp_path_factory.mktemp("bases"), {}
-    for name, cls, values in (("bert", "BertModel", BERT), ("gpt2", "GPT2LMHeadModel", GPT2)):
+    for name, cls, values in (
+        ("bert", "BertModel", BERT),
+        ("gpt2", "GPT2LMHeadModel", GPT2),
+        ("t5", "T5ForConditionalGeneration", T5),
+    ):
         given = folder / name
         given.mkdir()
         if name == "bert":
             size = len(PIECES)
             (given / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+        elif name == "t5":
+            pieces = ["<pad>", "</s>", "<unk>", *(f"word{i}" for i in range(56)), "<extra_id_0>"]
+            wrapped = library.Tokenizer(
+                models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>")
+            )
+            wrapped.pre_tokenizer = pre_tokenizers.Whitespace()
+            wrapped.add_special_tokens(["<pad>", "</s>", "<unk>", "<extra_id_0>"])
+            wrapped.post_processor = processors.TemplateProcessing(
+                single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+            )
+            wrapped.save(str(given / "tokenizer.json"))
+            size = len(pieces)
         else:
             pieces = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
             wrapped = library.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, []))
@@ -112,6 +131,12 @@ def agrees(run: Path, theirs: nn.Module, batch: dict[str, Tensor]) -> None:
     """The same logits where the head is theirs too, else the same hidden states."""
     ours = load_model(run, "cpu").objective
     features, real = ours.encoder(batch), batch["mask"]
+    if hasattr(ours.encoder, "decode"):
+        target = batch["tokens"].flip(0)
+        shifted = ours.encoder.shifted(target)
+        out = theirs.eval()(input_ids=batch["tokens"], attention_mask=real.long(), labels=target)
+        close(ours.encoder.logits(ours.encoder.decode(shifted, features).last), out.logits)
+        return
     given = {"input_ids": batch["tokens"], "attention_mask": real.long()}
     out = theirs.eval()(**given, output_hidden_states=True)
     if isinstance(ours, classification.Classification) and "logits" in out:
@@ -130,6 +155,7 @@ AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
     None: "AutoModelForMaskedLM",
 }
@@ -141,6 +167,8 @@ EXPORTS = {
     "writer": ("gpt2", None, "lora", {"targets": ["query", "value", "up"]}, "CAUSAL_LM"),
     "feature": ("gpt2", "classification", "lora", {"targets": ["qkv"]}, "FEATURE_EXTRACTION"),
     "factors": ("bert", "classification", "ia3", {}, "SEQ_CLS"),
+    "both": ("t5", None, "lora", {"targets": ["all"], "rank": 3}, "SEQ_2_SEQ_LM"),
+    "both-factors": ("t5", None, "ia3", {}, "SEQ_2_SEQ_LM"),
     "fused-factors": ("gpt2", None, "ia3", {}, "CAUSAL_LM"),
     "prefix": ("gpt2", None, "prefix", {"shift_positions": True, "projection": 6}, "CAUSAL_LM"),
     "prompt": ("gpt2", None, "soft_prompt", {"length": 4}, "CAUSAL_LM"),
@@ -288,6 +316,12 @@ def test_bad_input(bases, tmp_path):
     several = tuned(tmp_path / "several", base, "tagging", "lora+bias", {})
     with pytest.raises(ConfigError, match=r"tuned with lora\+bias; a folder of PEFT holds one of"):
         export_adapter(several, tmp_path / "other")
+    both = tuned(tmp_path / "both", bases["t5"][0], None, "soft_prompt", {})
+    with pytest.raises(ConfigError, match="a soft prompt of an encoder-decoder"):
+        export_adapter(both, tmp_path / "other")
+    both = tuned(tmp_path / "two", bases["t5"][0], None, "prefix", {})
+    with pytest.raises(ConfigError, match="an encoder-decoder has two"):
+        export_adapter(both, tmp_path / "other")
     prefix = tuned(tmp_path / "prefix", base, "tagging", "prefix", {})
     with pytest.raises(ConfigError, match=r"tuning\.prefix.shift_positions=true"):
         export_adapter(prefix, tmp_path / "other")

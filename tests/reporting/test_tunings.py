@@ -67,8 +67,8 @@ def test_the_table(compare):
     head, rows = table(compare)
     assert head[:3] == ["tuning", "50 labels", "300 labels"]
     assert rows[0] == [
-        *("full", "0.710 ± 0.127", "0.800", "1,000,000 (100%)", "50 ms", "2.0 MB", "3.5 s"),
-        "0.00 MB",
+        *("full", "0.710 ± 0.127", "0.800", "1,000,000 (100%)", "50 ms", "2 MB", "3.5 s"),
+        "0.004 MB",
     ]
     assert rows[1][3] == "1,001 (50%)"
 

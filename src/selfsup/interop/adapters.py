@@ -246,20 +246,33 @@ def read_ia3(
     return out
 
 
+def check_prompt(encoder: Any) -> None:
+    """Refuses an encoder-decoder.
+
+    Raises:
+        ConfigError: in PEFT its decoder sees what the encoder makes of the prompt, in ours not.
+    """
+    if hasattr(encoder, "source"):
+        raise ConfigError(
+            "a soft prompt of an encoder-decoder: in PEFT the decoder sees what the encoder makes "
+            "of the prompt, in ours it does not"
+        )
+
+
 def written_prompt(vectors: Tensor, encoder: Any) -> Tensor:
     """A soft prompt on the scale of their token table: (prompt, width)."""
-    stack = getattr(encoder, "source", encoder)
-    table = stack.embedding.segments
-    first = 0.0 if table is None else table.weight[0].detach()  # theirs adds it to the prompt
-    return (vectors.detach() - first) * maps.factor(encoder.config)
+    return (vectors.detach() - _segment(encoder)) * maps.factor(encoder.config)
 
 
 def read_prompt(vectors: Tensor, encoder: Any) -> Tensor:
     """The inverse of `written_prompt`."""
-    stack = getattr(encoder, "source", encoder)
-    table = stack.embedding.segments
-    first = 0.0 if table is None else table.weight[0].detach()
-    return vectors / maps.factor(encoder.config) + first
+    return vectors / maps.factor(encoder.config) + _segment(encoder)
+
+
+def _segment(encoder: Any) -> Tensor | float:
+    """What they add to every vector of a prompt, and ours holds in it."""
+    table = encoder.embedding.segments
+    return 0.0 if table is None else table.weight[0].detach()
 
 
 def of_kind(encoder: Encoder, name: str) -> Iterator[tuple[str, str, Any]]:

@@ -131,6 +131,7 @@ def family_of_base(base: Model) -> Family:
 
 
 def rules_of(family: Family, model: Model, prefix: str) -> dict[str, weights.Rule]:
+    """The rule of each linear layer of a model's encoder, by its place; `prefix` is their name."""
     encoder = innermost(model.encoder)
     rules = family.rules(encoder.config, skipped(family, model.preprocessor.spec.pad), prefix)
     return adapters.linear_rules(rules, encoder)
@@ -199,6 +200,7 @@ def _write_prefix(parts: dict[str, Any], rules: Any, encoder: Any) -> tuple[dict
 
 
 def _write_prompt(parts: dict[str, Any], rules: Any, encoder: Any) -> tuple[dict, dict]:
+    adapters.check_prompt(encoder)
     (part,) = parts.values()
     config = {**_prompt_config(encoder, len(part.vectors)), "prompt_tuning_init": "RANDOM"}
     config["token_dim"] = part.vectors.shape[1]

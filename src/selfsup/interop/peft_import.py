@@ -1,4 +1,4 @@
-"""Adapters of the PEFT library: a folder of theirs becomes a tuned run (`peft.py`: the way back)."""
+"""Adapters of the PEFT library: a folder of theirs becomes a tuned run; `peft.py`: and back."""
 
 import copy
 import json
@@ -230,6 +230,7 @@ def _read_prefix(config: Any, tensors: dict[str, Tensor], rules: Any, objective:
 
 def _read_prompt(config: Any, tensors: dict[str, Tensor], rules: Any, objective: Any) -> Tuning:
     vectors = tensors["prompt_embeddings"].float()
+    adapters.check_prompt(innermost(objective.encoder))
     tuning, parts = _tuned(objective, "soft_prompt", {"length": len(vectors)})
     (part,) = parts.values()
     _fill(part.vectors, adapters.read_prompt(vectors, innermost(objective.encoder)))

@@ -164,7 +164,11 @@ def _cells(row: Row, counts: Sequence[int]) -> list[str]:
         *["–"] * (len(counts) - len(shown)),
         f"{row['trained']:,} ({100 * row['share']:.3g}%)",
         f"{1000 * row['step_seconds']:.3g} ms",
-        f"{row['memory'] / 1e6:.1f} MB",
+        _megabytes(row["memory"]),
         f"{interval(row['seconds'][min(row['seconds'])])[0]:.1f} s",
-        f"{row['file_bytes'] / 1e6:.2f} MB",
+        _megabytes(row["file_bytes"]),
     ]
+
+
+def _megabytes(count: float) -> str:
+    return f"{compact(float(f'{count / 1e6:.3g}'))} MB"

@@ -13,6 +13,7 @@ says which set works on which rows of the batches that follow.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -78,13 +79,19 @@ class Additions(nn.ModuleDict):
 
     def at(self, place: str, x: Tensor, y: Tensor) -> Tensor:
         """The output `y` of the module at a place, changed by the active parts there."""
+        copied = False
         for rows, part in self.working(place):
             if part.on_input:
                 continue
             if rows is None:
                 y = part(x, y)
             elif len(rows):
-                y = y.index_copy(0, rows, part(x[rows], y[rows]))
+                changed = part(x[rows], y[rows])
+                if torch.is_grad_enabled():
+                    y = y.index_copy(0, rows, changed)
+                else:  # one copy for all sets
+                    y = (y if copied else y.clone()).index_copy_(0, rows, changed)
+                    copied = True
         return y
 
     def before(self, place: str, x: Tensor) -> Tensor:

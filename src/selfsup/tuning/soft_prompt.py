@@ -99,15 +99,12 @@ def soft_prompt(task: Task, config: Config, where: Where) -> None:
     """Puts a learned prompt before each row.
 
     Raises:
-        ConfigError: the encoder is no transformer of text, or there are no words to begin from; or
-            the task has early exits.
+        ConfigError: the encoder is no transformer of text, or there are no words to begin from.
     """
     encoder = innermost(task.encoder)
     name, stack = next(iter(stacks(encoder, "soft_prompt").items()))  # the reading one is first
     if not isinstance(stack.spec, Vocabulary):
         raise ConfigError(f"soft_prompt needs a model of text, not of {stack.spec.kind}")
-    if getattr(task, "exits", None) is not None:
-        raise ConfigError("soft_prompt cannot leave early: use task.exits.training = 'none'")
     tokens = _first_tokens(config, stack.spec, where.preprocessor)
     initial = stack.embedding.vectors({"tokens": tokens.to(stack.embedding.tokens.weight.device)})
     place = f"{name}embedding"
@@ -120,8 +117,8 @@ def _first_tokens(
 ) -> Int[Tensor, "1 prompt"]:
     """The tokens that a prompt begins as."""
     if not config.words:
-        usable = [i for i in range(vocabulary.size) if i not in set(vocabulary.special)]
-        return torch.tensor(usable)[torch.randint(len(usable), (1, config.length))]
+        usable = torch.tensor(sorted({*range(vocabulary.size)} - {*vocabulary.special}))
+        return usable[torch.randint(len(usable), (1, config.length))]
     if preprocessor is None:
         raise ConfigError("soft_prompt.words needs the model's tokenizer, and none was given")
     ids = preprocessor.tokenizer.encode([config.words])[0].tolist()
