@@ -159,9 +159,8 @@ def test_a_tuned_run_is_small_and_names_its_base(corpus, tmp_path):
         "bert-tiny-english",
         corpus.text,
         tmp_path / "base",
-        {"training.steps": 3, "training.minutes": 1, "data.tokenizer.vocab_size": 80}
-        | {"training.evaluations": 0, "model.dim": 16, "model.heads": 2, "training.device": "cpu"}
-        | {"training.steps": 3},
+        {"training.steps": 3, "data.tokenizer.vocab_size": 80, "training.evaluations": 0}
+        | {"model.dim": 16, "model.heads": 2, "training.device": "cpu"},
     )
     settings = {"training.steps": 6, "training.lr": 1e-1, "tuning.lora.rank": 2}
     out = selfsup.finetune(
@@ -198,3 +197,11 @@ def test_a_tuned_run_is_small_and_names_its_base(corpus, tmp_path):
     with pytest.raises(CheckpointError, match="was tuned from another model"):
         selfsup.load(out)
     assert other == tmp_path / "base"
+
+
+def test_layers_inside_experts_are_left_out():
+    config = Config(dim=8, layers=2, heads=2, activation="relu", experts=2)  # in the second block
+    task = classifier(TransformerEncoder(config, Vocabulary(size=20)))
+    tune(task, Tuning.of("lora", {"lora": {"targets": ["up"]}}))
+    places = [place for place, _, _ in task.encoder.additions.every(OWN)]
+    assert places == ["layers/0/feedforward/up"]

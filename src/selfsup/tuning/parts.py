@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selfsup.errors import ConfigError
 from selfsup.models.encoder import Encoder
+from selfsup.models.experts import Experts
 from selfsup.models.transformer import Block, TransformerEncoder
 
 OWN = "own"
@@ -264,10 +265,12 @@ def linear_places(encoder: Encoder, targets: Sequence[str]) -> dict[str, tuple[i
     Raises:
         ConfigError: a target that this encoder does not have; its linear layers are named.
     """
+    # experts multiply by all of their layers' weights at once, and call none of them
+    left_out = [f"{name}." for name, m in encoder.named_modules() if isinstance(m, Experts)]
     layers = {
         name: module
         for name, module in encoder.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("additions.")
+        if isinstance(module, nn.Linear) and not name.startswith(("additions.", *left_out))
     }
     shares = {"query": (0, "qkv"), "key": (1, "qkv"), "value": (2, "qkv")}
     chosen: dict[str, tuple[int, ...]] = {}
