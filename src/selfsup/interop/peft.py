@@ -102,7 +102,7 @@ def export_adapter(run: str | Path, out: str | Path) -> Path:
         (aside / WEIGHTS).write_bytes(save(contiguous, metadata={"format": "pt"}))
     if task_type == "FEATURE_EXTRACTION":
         console.say("PEFT has no class for this head: only what was added to the encoder is there")
-    console.say(f"it goes with: selfsup export {base} --to transformers --out FOLDER")
+    console.say(f"it goes with: selfsup export {base.resolve()} --to transformers --out FOLDER")
     return place
 
 
