@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import selfsup as toolkit
-from selfsup.distilling import distill
 from selfsup.errors import ConfigError, DataError
 from selfsup.model_folder import load_model
 from selfsup.training.checkpoint import load_newest, load_tensors
+from selfsup.verbs.distilling import distill
 
 QUICK = {"training.steps": 12, "training.lr": 5e-3, "training.checkpoint_every": 6}
 

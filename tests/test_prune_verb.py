@@ -10,7 +10,7 @@ import torch
 import selfsup as library
 from selfsup.batch import AudioSpec, ImageSpec, SeriesSpec, Vocabulary
 from selfsup.models.transformer import Config, TransformerEncoder
-from selfsup.pruned_run import example_batch, seconds_per_batch
+from selfsup.verbs.pruning import example_batch, seconds_per_batch
 
 
 @pytest.fixture(scope="module")

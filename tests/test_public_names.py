@@ -8,8 +8,9 @@ import pytest
 
 import selfsup
 
-NAMES = ["Model", "compare", "evaluate", "export", "finetune", "import_", "load"]
-NAMES += ["load_many", "pretrain", "prompt", "report"]
+NAMES = ["Model", "align", "compare", "distill", "evaluate", "export", "finetune", "import_"]
+NAMES += ["load", "load_many", "merge", "pet", "pretrain", "probe", "prompt", "prune", "report"]
+NAMES += ["self_train"]
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "tokenizers", "pyarrow", "matplotlib", "rich"}
 # Runs a command line and tells on the last line of the standard error what it imported.
 WATCHED = f"""

@@ -9,7 +9,7 @@ import torch
 import selfsup
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.training.checkpoint import load_tensors
-from selfsup.tuned_models import TunedModels
+from selfsup.verbs.tuned_models import TunedModels
 
 SMALL = {"training.steps": 12, "training.lr": 2e-2, "training.device": "cpu"}
 TEXTS = [

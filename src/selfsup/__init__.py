@@ -14,31 +14,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfsup.api import (
+        align,
         compare,
+        distill,
         evaluate,
         export,
         finetune,
         import_,
         load,
         load_many,
+        merge,
+        pet,
         pretrain,
+        probe,
         prompt,
+        prune,
         report,
+        self_train,
     )
     from selfsup.model_folder import Model
 
 __all__ = [
     "Model",
+    "align",
     "compare",
+    "distill",
     "evaluate",
     "export",
     "finetune",
     "import_",
     "load",
     "load_many",
+    "merge",
+    "pet",
     "pretrain",
+    "probe",
     "prompt",
+    "prune",
     "report",
+    "self_train",
 ]
 
 

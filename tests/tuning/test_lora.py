@@ -17,7 +17,6 @@ from selfsup.randomness import torch_generator
 from selfsup.tasks import classification
 from selfsup.training.checkpoint import load_tensors
 from selfsup.tuning.choice import Tuning, tune
-from selfsup.tuning.lora import Config as LoRAConfig
 from selfsup.tuning.lora import LoRA
 from selfsup.tuning.parts import OWN, Where, merge, trained
 

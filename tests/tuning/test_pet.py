@@ -206,8 +206,8 @@ def test_likeliest_words_and_best_ways_by_loops():
 
 
 def test_search_finds_words_of_the_classes(masked_run, corpus):
-    from selfsup import few_labels
     from selfsup.model_folder import load_model
+    from selfsup.verbs import few_labels
 
     base = load_model(masked_run, "cpu")
     labelled = few_labels._as(few_labels._read(base, corpus.labelled, {}), "cloze").take(range(40))

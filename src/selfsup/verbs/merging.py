@@ -1,31 +1,23 @@
-"""The verb `merge`: a run that was tuned over a base becomes one that needs no base.
+"""Merging: a run that was tuned over a base becomes one that needs no base.
 
 Where all that was added can be put into the encoder's weights (lora, ia3, bias), it is, and the run
 is as fast as its base. Where it cannot (adapters, prefixes, prompts), the run carries it beside the
-encoder's weights. Nothing heavy is imported before it runs.
+encoder's weights.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from selfsup import console
+from selfsup import console, environment
+from selfsup.config import read_toml, write_toml
+from selfsup.errors import ConfigError
+from selfsup.files import write_text
+from selfsup.model_folder import load_model, save_model
+from selfsup.training.folder import RunFolder
+from selfsup.tuning import parts
 
 
-def add_options(p: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
-    p.add_argument("model", help="a run tuned over a base: lora, adapter, prefix, ...")
-    p.add_argument("--out", required=True, help="the run folder to make")
-
-
-def merge_verb(options: argparse.Namespace) -> None:
-    """Writes the whole run; prints its folder, and says whether anything is still added."""
-    merge_run(options.model, options.out)
-    print(options.out)
-    console.say(f"next: selfsup evaluate {options.out} --data TEST")
-
-
-def merge_run(run: str | Path, out: str | Path) -> Path:
+def merge(run: str | Path, out: str | Path) -> Path:
     """Makes a whole run of one that names a base.
 
     Args:
@@ -39,14 +31,6 @@ def merge_run(run: str | Path, out: str | Path) -> Path:
         ConfigError: the run needs no base as it is.
         CheckpointError: the base is not there, or is another one.
     """
-    from selfsup import environment
-    from selfsup.config import read_toml, write_toml
-    from selfsup.errors import ConfigError
-    from selfsup.files import write_text
-    from selfsup.model_folder import load_model, save_model
-    from selfsup.training.folder import RunFolder
-    from selfsup.tuning import parts
-
     model = load_model(run, "cpu")
     if "base" not in model.values:
         raise ConfigError(f"{run}: needs no base: it holds all of its weights already")

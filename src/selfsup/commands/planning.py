@@ -1,4 +1,4 @@
-"""The verb `plan`: what a model costs, as a table.
+"""The verb `plan`: what a model would take, before it is trained.
 
 Nothing heavy is imported before it runs.
 """
@@ -6,15 +6,53 @@ Nothing heavy is imported before it runs.
 import argparse
 from typing import Any
 
+from selfsup.commands.options import set_option, settings_of, verb
+
+
+def add(parsers: Any) -> None:
+    """Adds these verbs to the command line."""
+    p = verb(
+        parsers,
+        "plan",
+        plan,
+        "count parameters, FLOPs, memory and days of a model before training it",
+        "  selfsup plan gpt3-175b --devices 1024 --tensor 8 --pipeline 8 --hardware a100\n"
+        "  selfsup plan bert-base --hardware rtx4090 --tokens 3e9\n"
+        "  selfsup plan bert-mini-english --set model.layers=12 model.dim=768\n"
+        "names: elmo bert-base bert-large gpt2-xl megatron-8b t5-11b turing-nlg-17b gpt3-175b\n"
+        "       switch-1.6t, or a recipe of text",
+    )
+    p.add_argument("name", help="a published model, a recipe, or a .toml file")
+    p.add_argument(
+        "--hardware", default="h100", help="v100 a100 h100 h200 b200 rtx4090 tpu-v3 tpu-v4 (h100)"
+    )
+    p.add_argument("--tflops", type=float, help="another peak of one device, in 16 bits")
+    p.add_argument("--gigabytes", type=float, help="another memory of one device")
+    p.add_argument("--devices", type=int, default=1, help="all devices (1)")
+    p.add_argument("--tensor", type=int, default=1, help="devices that share every matrix (1)")
+    p.add_argument("--pipeline", type=int, default=1, help="devices in a row of layers (1)")
+    p.add_argument("--experts", type=int, default=0, help="devices that share experts (all copies)")
+    p.add_argument(
+        "--sharding",
+        default="none",
+        choices=("none", "optimizer", "full"),
+        help="what copies keep a share of: ZeRO 1 is optimizer, FSDP full (none)",
+    )
+    p.add_argument("--micro-batch", type=int, default=1, help="rows that a copy reads at once (1)")
+    p.add_argument("--checkpointing", action="store_true", help="compute activations again")
+    p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak (0.4)")
+    p.add_argument("--tokens", type=float, help="tokens of the training (default: as published)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    set_option(p, "model.layers=24")
+
 
 def plan(options: argparse.Namespace) -> None:
     """Counts what a model costs; prints a table."""
     from dataclasses import replace
 
     from selfsup import planning
-    from selfsup.config import parse_setting
 
-    asked = planning.subject(options.name, dict(map(parse_setting, options.set)))
+    asked = planning.subject(options.name, settings_of(options))
     if options.tokens:
         asked = replace(asked, tokens=options.tokens)
     device = planning.hardware(options.hardware)
