@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, README.zh.md and docs/results.md from docs/results/*.json.
+"""Writes the tables of README.md, README.zh.md and the pages of docs/ from docs/results/*.json.
 
     python docs/build.py            write them
     python docs/build.py --check    fail if one is out of date
@@ -41,7 +41,10 @@ RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(
     r"(<!-- (result|probes|bench|study|tunings): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-PAGES = ("README.md", "README.zh.md", "docs/results.md", "docs/benchmarks.md", "docs/language.md")
+PAGES = (
+    *("README.md", "README.zh.md", "docs/results.md"),
+    *("docs/benchmarks.md", "docs/language.md", "docs/tuning.md"),
+)
 
 
 def table(name: str) -> str:
@@ -143,11 +146,14 @@ def tunings(name: str) -> str:
     for tuning, found in result["tunings"].items():
         cells = []
         for count in counts:
-            mean, half = interval(found["scores"][count])
-            cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
+            cells.append(with_interval(found["scores"][count]))
         cells += [f"{found['trained']:,}", f"{found['share']:.2%}"]
         cells += [f"{1000 * found['step_seconds']:.3g} ms", f"{found['memory'] / 1e6:.1f} MB"]
         lines.append(f"| {tuning} | {' | '.join(cells)} | {found['file_bytes'] / 1e6:.2f} MB |")
+    for arm in ("scratch", "baseline"):
+        if arm in result["scores"]:
+            cells = [with_interval(result["scores"][arm][count]) for count in counts]
+            lines.append(f"| {arm_name(arm)} | {' | '.join(cells)} | | | | | |")
     what = f"{result['task']}, {result['metric']} on {result['test_size']:,} test examples"
     note = (
         "time of a step: forward and backward; its memory: what is kept for backward, gradients "

@@ -14,7 +14,7 @@ Several named corpora, one for each language, share a tokenizer and are mixed: `
 """
 
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
@@ -49,6 +49,7 @@ from selfsup.errors import ConfigError, DataError
 
 LABELLED_LENGTH = 128  # tokens in a labelled row, if nothing else is asked for
 WINDOW_BATCHES = 64  # so many batches of items are sorted by length together
+LEAST_ROWS, PADDING = 8, 0.1  # a batch of so many rows takes none that is so much longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +222,27 @@ def _rows(
 Item = str | tuple[str, str] | list[str]
 
 
+def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Groups rows by length: at most so many, and from `LEAST_ROWS` on none much longer.
+
+    A batch of a few rows is nearly as quick for each row as one of many, and padding costs as much
+    as text.
+
+    >>> list(alike([5, 40, 5, 6, 5, 41, 5, 5, 5, 5], 64))
+    [[0, 2, 4, 6, 7, 8, 9, 3], [1, 5]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    group: list[int] = []
+    for number in order:
+        longest = (1 + PADDING) * lengths[group[0]] if group else 0.0
+        if len(group) == most or (len(group) >= LEAST_ROWS and lengths[number] > longest):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
 @final
 class TextPreprocessor:
     """A user's texts, pairs of texts or lists of words as batches for a trained model.
@@ -305,9 +327,8 @@ class TextPreprocessor:
             for number, item in enumerate(window, start=done):
                 _check_item(item, number, kind)
             rows = self._encode(window, kind, done)
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i]["tokens"]))
-            for at in range(0, len(order), batch_size):
-                chosen = order[at : at + batch_size]
+            lengths = [len(row["tokens"]) for row in rows]
+            for chosen in alike(lengths, batch_size):
                 yield [done + i for i in chosen], self._batch([rows[i] for i in chosen])
             done += len(window)
 
