@@ -151,7 +151,7 @@ def test_a_budget_in_minutes_counts_the_time_before_a_cut(toy, tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "run" / "speed.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert len(rows) > 10
+    assert len(rows) > 5  # it went on; how far depends on the machine
     assert seconds == sorted(seconds)
     assert seconds[-2] < 0.6 <= seconds[-1]
 

@@ -135,7 +135,7 @@ def _fit_mix(
     """Weights before the softmax (layers,), head (dim, classes) and bias (classes,)."""
     sizes = ((x.shape[1],), (x.shape[2], num_classes), (num_classes,))
     parameters = [x.new_zeros(size).requires_grad_() for size in sizes]
-    optimizer = torch.optim.Adam(parameters, lr=rate)
+    optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
     with torch.enable_grad():
         for numbers in batches:
             items = torch.from_numpy(numbers).to(x.device)
