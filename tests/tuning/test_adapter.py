@@ -102,17 +102,9 @@ def test_only_adapters_and_the_head_learn(options, halves, width):
     assert trained(task)[0] == 2 * len(halves) * (2 * 8 * width + width + 8) + 2 * 8 + 2
 
 
-def test_sets_in_one_batch():
+def test_sets_in_one_batch(same_alone_and_mixed):
     task = adapted(adapted(classifier(), "first", init_std=0.5), "second", init_std=0.5, width=3)
-    additions, found = task.encoder.additions, {}
-    for name in ("first", "second"):
-        additions.switch(name)
-        found[name] = task.encoder(BATCH).last
-    additions.switch(("second", torch.tensor([0])), ("first", torch.tensor([1])))
-    mixed = task.encoder(BATCH).last
-    torch.testing.assert_close(mixed[0], found["second"][0])
-    torch.testing.assert_close(mixed[1], found["first"][1])
-    assert not torch.allclose(found["first"], found["second"])
+    same_alone_and_mixed(task, BATCH)
 
 
 @pytest.mark.parametrize(

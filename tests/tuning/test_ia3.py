@@ -107,17 +107,9 @@ def test_merging_and_unmerging_gives_the_weights_back():
         torch.testing.assert_close(value, before[name])
 
 
-def test_sets_in_one_batch():
+def test_sets_in_one_batch(same_alone_and_mixed):
     task = tuned(tuned(classifier(), name="first"), name="second")
-    additions, found = task.encoder.additions, {}
-    for name in ("first", "second"):
-        additions.switch(name)
-        found[name] = task.encoder(BATCH).last
-    additions.switch(("second", torch.tensor([0])), ("first", torch.tensor([1])))
-    mixed = task.encoder(BATCH).last
-    torch.testing.assert_close(mixed[0], found["second"][0])
-    torch.testing.assert_close(mixed[1], found["first"][1])
-    assert not torch.allclose(found["first"], found["second"])
+    same_alone_and_mixed(task, BATCH)
 
 
 def test_a_decoder_has_factors_on_the_keys_and_values_of_the_source():

@@ -33,7 +33,9 @@ def add(parsers: Any) -> None:
         "  selfsup list recipes\n  selfsup list methods",
     )
     p.add_argument(
-        "what", nargs="?", help="recipes, methods, models, tasks, tunings, data, templates"
+        "what",
+        nargs="?",
+        help="recipes, methods, models, tasks, tunings, suites, studies, data, templates",
     )
 
     p = verb(
