@@ -103,7 +103,7 @@ class Batches:
     With `lengths`, examples of similar length share a batch, so that little is padded: the order is
     cut into windows of up to 32 batches (never more than one pass, or a batch would hold the same
     example twice), each window is sorted by length, and its batches come in random order. The
-    lengths are blurred by a quarter first, so that few examples do not always meet the same others.
+    lengths are blurred by a tenth first, so that few examples do not always meet the same others.
 
     >>> lengths = np.array([9, 1, 9, 1, 9, 1, 9, 1])
     >>> batches = Batches(Order(8, seed=0), 2, lengths)
@@ -123,7 +123,7 @@ class Batches:
         first = window * self.window * self.size
         examples = self.order[first : first + self.window * self.size]
         generator = numpy_generator(self.order.seed, "window", window)
-        blurred = self.lengths[examples] * generator.uniform(0.75, 1.25, len(examples))
+        blurred = self.lengths[examples] * generator.uniform(0.9, 1.1, len(examples))
         examples = examples[np.argsort(blurred, kind="stable")]
         turn = generator.permutation(self.window)
         return examples[turn[place] * self.size :][: self.size]

@@ -153,7 +153,7 @@ def test_a_budget_in_minutes_counts_the_time_before_a_cut(toy, tmp_path):
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) > 5  # it went on; how far depends on the machine
     assert seconds == sorted(seconds)
-    assert seconds[-2] < 0.6 <= seconds[-1]
+    assert seconds[-2] <= 0.6 <= seconds[-1]  # written to a thousandth
 
 
 def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(toy, run, tmp_path):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from selfsup.models.dropout import dropout
 from selfsup.models.embeddings import rotate
 
 
@@ -179,14 +180,8 @@ class Attention(nn.Module):
         allowed = view.allowed
         if self.kept is not None and allowed is not None:
             allowed = allowed[:, self.kept]
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=allowed,
-            is_causal=view.causal,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        rate = self.dropout if self.training else 0.0
+        mixed = mix(queries, keys, values, allowed, view.causal, rate)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
 
 
@@ -221,14 +216,34 @@ class CrossAttention(nn.Module):
         else:
             keys, values = kept
         queries = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=view.memory.allowed,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        rate = self.dropout if self.training else 0.0
+        mixed = mix(queries, keys, values, view.memory.allowed, causal=False, rate=rate)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
+
+
+def mix(
+    queries: Float[Tensor, "batch heads query head_dim"],
+    keys: Float[Tensor, "batch heads read head_dim"],
+    values: Float[Tensor, "batch heads read head_dim"],
+    allowed: Tensor | None,
+    causal: bool,
+    rate: float,
+) -> Float[Tensor, "batch heads query head_dim"]:
+    """Attention with dropout of its weights; `allowed` is bool, or numbers added to the scores."""
+    if rate == 0 or queries.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=allowed, is_causal=causal, dropout_p=rate
+        )
+    # torch forms the weights as well where it drops some, with its slower dropout
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if causal:
+        allowed = past(*scores.shape[-2:], scores.device)
+    if allowed is not None and allowed.dtype == torch.bool:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    elif allowed is not None:
+        scores = scores + allowed
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return dropout(weights, rate) @ values
 
 
 class RelativeBias(nn.Module):

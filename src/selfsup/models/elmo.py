@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.models.dropout import Dropout
 from selfsup.models.embeddings import document_positions
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.models.recurrent import rearranged, turned_around
@@ -171,7 +172,7 @@ class Layer(nn.Module):
             nn.init.zeros_(bias)
         forget = slice(config.cell, 2 * config.cell)
         biases["bias_ih_l0"].data[forget] = 1.0  # so that cells remember from the start
-        self.dropout, self.residual = nn.Dropout(config.dropout), residual
+        self.dropout, self.residual = Dropout(config.dropout), residual
 
     def forward(self, x: Float[Tensor, "run place dim"]) -> Float[Tensor, "run place dim"]:
         """Reads from the first place to the last."""
@@ -218,7 +219,7 @@ class ElmoEncoder(Encoder):
             nn.ModuleList(Layer(config, config.residual and n > 0) for n in range(config.layers))
             for _ in range(2)
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, batch: Batch) -> Features:
         """Encodes one batch."""

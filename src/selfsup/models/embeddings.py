@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec
 from selfsup.errors import ConfigError, DataError
+from selfsup.models.dropout import Dropout
 
 
 class InputEmbedding(nn.Module):
@@ -63,7 +64,7 @@ class InputEmbedding(nn.Module):
         self.sinusoidal = positions == "sinusoidal"
         self.positions = nn.Embedding(max_length, width) if positions == "learned" else None
         self.norm = norm
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.projection = nn.Linear(width, dim) if width != dim else None
 
     def vectors(self, batch: Batch) -> Float[Tensor, "batch time width"]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selfsup.batch import Batch, ImageSpec, TableSpec
 from selfsup.errors import DataError
 from selfsup.models.batch_norm import BatchNorm
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features
 
 NORMS = {"none": nn.Identity, "layer": nn.LayerNorm, "batch": BatchNorm}
@@ -80,7 +81,7 @@ class MLPEncoder(Encoder):
                 nn.Linear(width, outputs),
                 NORMS[config.norm](outputs),
                 ACTIVATIONS[config.activation](),
-                nn.Dropout(config.dropout),
+                Dropout(config.dropout),
             ]
             width = outputs
         self.layers = nn.Sequential(*layers, nn.Linear(width, config.dim))

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import AudioSpec, Batch, Vocabulary
+from selfsup.models.dropout import Dropout
 from selfsup.models.embeddings import FrameEmbedding, TokenEmbedding
 from selfsup.models.encoder import Encoder, Features, masked_mean
 
@@ -59,7 +60,7 @@ class Layer(nn.Module):
         self.residual = config.residual
         self.forwards = kind(config.dim, width, batch_first=True)
         self.backwards = kind(config.dim, width, batch_first=True) if config.bidirectional else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], turned: Int[Tensor, "batch time"] | None

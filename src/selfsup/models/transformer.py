@@ -36,6 +36,7 @@ from selfsup.models.attention import (
     linear,
     past,
 )
+from selfsup.models.dropout import Dropout
 from selfsup.models.embeddings import (
     FrameEmbedding,
     InputEmbedding,
@@ -263,7 +264,7 @@ class Block(nn.Module):
             else Feedforward(config, inner)
         )
         self.feedforward_norm = config.build_norm(config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int

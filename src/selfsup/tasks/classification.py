@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Output, Predictions, Task
 from selfsup.tasks.exits import Config as ExitConfig
@@ -65,7 +66,7 @@ class Classification(Task):
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...]):
         super().__init__()
         self.config, self.encoder, self.names = config, encoder, names
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(encoder.dim, len(names))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch
 from selfsup.errors import ConfigError
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.models.transformer import TransformerEncoder, initialise, repacked
 from selfsup.objective import Task
@@ -123,7 +124,7 @@ class Exits(nn.Module):
                 "'transformer' with at least 2 layers"
             )
         self.config, self.outputs, self.pooling = config, outputs, pooling
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.heads = nn.ModuleList(
             nn.Sequential(
                 encoder.config.build_norm(encoder.dim),

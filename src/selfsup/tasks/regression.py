@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch
 from selfsup.errors import DataError
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Output, Predictions, Task
 from selfsup.tasks.exits import Config as ExitConfig
@@ -94,7 +95,7 @@ class Regression(Task):
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...] = ()):
         super().__init__()
         self.config, self.encoder, self.names = config, encoder, names
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = Head(encoder.dim)
         self.exits = (
             Exits(config.exits, encoder, 1, config.pooling, config.dropout)

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Output, Predictions, Task
 
@@ -103,7 +104,7 @@ class SpanQA(Task):
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...] = ()):
         super().__init__()
         self.config, self.encoder = config, encoder
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(encoder.dim, 2)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import Batch
+from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features
 from selfsup.objective import Output, Predictions, Task
 
@@ -67,7 +68,7 @@ class Tagging(Task):
     def __init__(self, config: Config, encoder: Encoder, names: tuple[str, ...]):
         super().__init__()
         self.config, self.encoder, self.names = config, encoder, names
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(encoder.dim, len(names))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from selfsup.models.dropout import Dropout
 from selfsup.objective import Task
 from selfsup.tuning.parts import Part, Where, add, innermost, linear_places
 
@@ -65,7 +66,7 @@ class LoRA(Part):
         self.fused, self.shares = bool(shares), shares or (0,)
         self.width = layer.out_features // (3 if shares else 1)  # query, key, value
         self.scale = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         like = layer.weight
         self.a = nn.Parameter(like.new_empty(len(self.shares), config.rank, layer.in_features))
         self.b = nn.Parameter(like.new_zeros(len(self.shares), self.width, config.rank))

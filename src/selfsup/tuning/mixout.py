@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup.errors import ConfigError
+from selfsup.models.dropout import dropout
 from selfsup.objective import Task
 from selfsup.tuning.parts import Where, innermost
 
@@ -37,7 +38,7 @@ def mixed(
     weight: Float[Tensor, "out in"], before: Float[Tensor, "out in"], p: float
 ) -> Float[Tensor, "out in"]:
     """Weights of one step: each is `before` with probability `p`; their mean is `weight`."""
-    return before + F.dropout(weight - before, p)
+    return before + dropout(weight - before, p)
 
 
 class Mixed:
