@@ -10,13 +10,14 @@ import os
 import shlex
 import time
 
-from benchmarks import adapting, memory, pictures, speech, text, writing
+from benchmarks import adapting, memory, optimizers, pictures, speech, text, writing
 from benchmarks.timing import NotMeasuredError
 
 GROUPS = {
     "text": text.BENCHMARKS,
     "writing": writing.BENCHMARKS,
     "memory": memory.BENCHMARKS,
+    "optimizers": optimizers.BENCHMARKS,
     "adapting": adapting.BENCHMARKS,
     "pictures": pictures.BENCHMARKS,
     "speech": speech.BENCHMARKS,

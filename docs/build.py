@@ -18,6 +18,11 @@ and one table of benchmarks, of those of docs/results/bench-NAME.json that exist
     <!-- bench: NAME NAME ... -->
     <!-- end -->
 
+and one table of what indexes find, between these:
+
+    <!-- recalls: NAME NAME ... -->
+    <!-- end -->
+
 and the tables of a study of methods between these:
 
     <!-- study: NAME -->
@@ -26,6 +31,11 @@ and the tables of a study of methods between these:
 and the table of a comparison of several tunings, what each scores and costs, between these:
 
     <!-- tunings: NAME -->
+    <!-- end -->
+
+and the table of the faults that `pytest tests/fault --record-faults` counts, between these:
+
+    <!-- faults: NAME -->
     <!-- end -->
 """
 
@@ -39,11 +49,13 @@ from selfsup.reporting.evidence import arm_name, interval
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(
-    r"(<!-- (result|probes|bench|study|tunings): ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (result|probes|bench|study|tunings|faults|recalls): ([^>]+) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 PAGES = (
     *("README.md", "README.zh.md", "docs/results.md"),
     *("docs/benchmarks.md", "docs/language.md", "docs/tuning.md"),
+    *("docs/search.md", "docs/reliability.md", "docs/optimizers.md"),
 )
 
 
@@ -110,6 +122,24 @@ def benchmarks(names: list[str]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(f"- {source(r)}" for r in results) + "\n"
 
 
+def recalls(names: list[str]) -> str:
+    """What indexes find of what an exact search finds, a row for each effort that was recorded."""
+    results = list(map(read, names))
+    found = results[0]["scores"]
+    lines = [
+        f"| index | vectors | effort | recall@{found['k']} | queries/s | exact queries/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        scores, index = result["scores"], result["index"]
+        lines.append(
+            f"| {index['kind']} | {index['items']:,} x {index['dim']} | {scores['effort'] or ''} "
+            f"| {scores['recall']:.4f} | {scores['per_second']:,.0f} "
+            f"| {scores['exact_per_second']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {source(r)}" for r in results) + "\n"
+
+
 def study(name: str) -> str:
     """A table for each way of tuning: methods by task, then what stands beside them."""
     if not (RESULTS / f"{name}.json").exists():
@@ -163,6 +193,18 @@ def tunings(name: str) -> str:
     return f"{what}, mean and 95% interval; {note}:\n\n{rows}\n\n{source(result)}\n"
 
 
+def faults(name: str) -> str:
+    """Kinds of fault: how often each was brought about, and how often it ended as it must."""
+    if not (RESULTS / f"{name}.json").exists():
+        return "Not measured yet.\n"
+    result = read(name)
+    lines = ["| fault | trials | as required | what is required |", "|---|---|---|---|"]
+    for fault, found in result["scores"].items():
+        counts = f"{found['trials']} | {found['as_required']}"
+        lines.append(f"| {fault} | {counts} | {found['note']} |")
+    return "\n".join(lines) + f"\n\n{source(result)}\n"
+
+
 def comparison(result: dict) -> str:
     """Arms by number of labels: mean and 95% interval over the seeds."""
     arms = result["scores"]
@@ -208,7 +250,9 @@ def built(text: str) -> str:
             "probes": lambda names: probes(names.split()),
             "study": study,
             "tunings": tunings,
+            "faults": faults,
             "bench": lambda names: benchmarks(names.split()),
+            "recalls": lambda names: recalls(names.split()),
         }
         return head + made[kind](names) + tail
 

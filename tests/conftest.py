@@ -180,6 +180,7 @@ for line in sys.stdin:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
         sys.stdin = open(0, closefd=False)
         sys.argv = ["selfsup", *order["arguments"]]
+        exec(order["setup"], {})
         sys.exit(main())
     print(json.dumps(pid), flush=True)
 """
@@ -208,7 +209,10 @@ class Child:
 
 @pytest.fixture(scope="session")
 def launch(corpus, tmp_path_factory) -> Iterator[Callable[..., Child]]:
-    """Starts `selfsup ARGUMENTS` as a process of its own, in milliseconds."""
+    """Starts `selfsup ARGUMENTS` as a process of its own, in milliseconds.
+
+    `setup`: Python that this process runs first, to bring a fault about.
+    """
     folder = tmp_path_factory.mktemp("processes")
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
@@ -227,11 +231,11 @@ def launch(corpus, tmp_path_factory) -> Iterator[Callable[..., Child]]:
         server.stdin.flush()
         return json.loads(server.stdout.readline())
 
-    def launch(*arguments: object) -> Child:
+    def launch(*arguments: object, setup: str = "") -> Child:
         number = next(count)
         out, err = folder / f"{number}.out", folder / f"{number}.err"
         words = [str(argument) for argument in arguments]
-        pid = ask({"arguments": words, "out": str(out), "err": str(err)})
+        pid = ask({"arguments": words, "out": str(out), "err": str(err), "setup": setup})
         return Child(pid, out, err, ask)
 
     with server:
@@ -240,42 +244,48 @@ def launch(corpus, tmp_path_factory) -> Iterator[Callable[..., Child]]:
 
 
 # Imports once, for most of the time goes there, and forks before torch has any threads.
-TWO_RANKS = """
+RANKS = """
 import os, runpy, sys
 import torch
-path, name, folder = sys.argv[1:]
+path, name, count, folder, *arguments = sys.argv[1:]
 results_of = runpy.run_path(path)[name]
-child = os.fork()
-rank = int(child == 0)
+rank, children = 0, []
+for number in range(1, int(count)):
+    child = os.fork()
+    if not child:
+        rank, children = number, []
+        break
+    children.append(child)
 torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=int(count)
 )
-torch.save(results_of(rank), f"{folder}/{rank}.pt")
+torch.save(results_of(rank, *arguments), f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
+sys.exit(max((os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children), default=0))
 """
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(tmp_path_factory) -> Callable[[Callable[[int], object]], list]:
+def on_two_ranks(tmp_path_factory) -> Callable[..., list]:
     """Runs a function of a test file in two processes that talk: what it gave on rank 0 and 1.
 
-    Its results are tensors in lists and dictionaries.
+    It is given its rank and the strings of the call; its results are tensors in lists and
+    dictionaries. `count`: of processes.
     """
 
-    def run(function: Callable[[int], object]) -> list:
+    def run(function: Callable[..., object], *arguments: str, count: int = 2) -> list:
         import torch
 
         folder = tmp_path_factory.mktemp("ranks")
-        names = (inspect.getfile(function), function.__name__, str(folder))
+        names = (inspect.getfile(function), function.__name__, str(count), str(folder), *arguments)
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", TWO_RANKS, *names],
+            [sys.executable, "-W", "error", "-c", RANKS, *names],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
-        return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+        return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
     return run

@@ -8,8 +8,18 @@ import sys
 
 import pytest
 
+from selfsup import files
 from selfsup.errors import StorageError
-from selfsup.files import sha256, whole_folder, write_bytes, write_json, write_text
+from selfsup.files import (
+    exchange,
+    read_steadily,
+    remove_folder,
+    sha256,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def names(folder) -> list[str]:
@@ -123,12 +133,60 @@ def test_a_folder_appears_whole(tmp_path):
     assert names(tmp_path) == ["run"]
 
 
-def test_a_folder_replaces_the_old_one(tmp_path):
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_replaces_the_old_one(tmp_path, monkeypatch, exchanges):
+    if not exchanges:  # a system or a file system that cannot swap two names
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
     for content in ("old", "new"):
         with whole_folder(tmp_path / "run") as aside:
             (aside / content).write_text(content)
     assert names(tmp_path / "run") == ["new"]
     assert names(tmp_path) == ["run"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
+def test_two_folders_swap_names_or_stay(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("")
+    assert exchange(tmp_path / "a", tmp_path / "b")
+    assert (names(tmp_path / "a"), names(tmp_path / "b")) == (["b"], ["a"])
+    assert not exchange(tmp_path / "a", tmp_path / "none")
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_a_removed_folder_is_gone(tmp_path):
+    (tmp_path / "run" / "inside").mkdir(parents=True)
+    remove_folder(tmp_path / "run")
+    assert names(tmp_path) == []
+    with pytest.raises(StorageError, match="run: cannot be written"):
+        remove_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(tmp_path, fails):
+    """What was read of both is thrown away, and so is the error that came of it."""
+    reads = []
+
+    def write(content: str) -> None:
+        with whole_folder(tmp_path / "run") as aside:
+            (aside / "a").write_text(content)
+            (aside / "b").write_text(content)
+
+    def read() -> str:
+        first = (tmp_path / "run" / "a").read_text()
+        reads.append(first)
+        if len(reads) < 3:
+            write(str(len(reads)))
+            if fails:
+                raise ValueError(first)
+        return first + (tmp_path / "run" / "b").read_text()
+
+    write("0")
+    assert read_steadily(tmp_path / "run", read) == "22"
+    assert reads == ["0", "1", "2"]
+    with pytest.raises(FileNotFoundError):
+        read_steadily(tmp_path / "none", lambda: (tmp_path / "none" / "a").read_text())
 
 
 class Stop(BaseException):

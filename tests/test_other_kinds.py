@@ -128,6 +128,13 @@ def test_finetune_predict_embed_compare_report(picture_run, photos, selfsup, tmp
     answer = selfsup("embed", picture_run, "--data", photos / "test", "--out", tmp_path / "v.npy")
     assert answer.code == 0, answer.err
     assert np.load(tmp_path / "v.npy").shape == (40, 16)
+    index = tmp_path / "index"
+    answer = selfsup("embed", picture_run, "--data", photos / "test", "--out", index)
+    assert answer.out == f"{index}\t40 x 16 float32\n"
+    found = [line.split("\t") for line in selfsup("search", index, one).out.splitlines()]
+    assert len(found) == 10
+    assert "1.0000" in {score for _, score, path in found if path == str(one)}
+    assert sum("/red/" in path for _, _, path in found) >= 9
     answer = selfsup(
         *("compare", picture_run, "--task", "classification", "--data", photos / "train"),
         *("--labels", 20, "--seeds", 0, 1, "--lrs", "5e-3", "--steps", 10, "--jobs", 1),

@@ -1,6 +1,7 @@
 """Plans: published counts, FLOPs against the formula, memory by hand, the verb."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,24 @@ def test_memory_is_sixteen_bytes_a_parameter_and_shared_as_asked(bert: Counts) -
     assert alone.activation_bytes == pytest.approx(layers + logits)
 
 
+@pytest.mark.parametrize(("optimizer", "each"), [("adamw", 12), ("lamb", 12), ("lars", 8)])
+def test_moments_are_those_of_the_optimizer(optimizer, each) -> None:
+    counts = count(subject("bert-mini-english", {"training.optimizer": optimizer}))
+    assert plan(counts, Layout(), H100).optimizer_bytes == each * counts.parameters
+
+
+def test_adafactor_keeps_rows_and_columns() -> None:
+    counts = count(replace(subject("bert-base"), optimizer="adafactor"))
+    dim, inner, layers = 768, 3072, 12
+    matrices = (3 * dim + dim) + (dim + dim) + 2 * (dim + inner)  # qkv, out, up and down
+    vectors = 3 * dim + dim + inner + dim + 4 * dim  # biases, two norms
+    embedding = (30522 + dim) + (512 + dim) + (2 + dim) + 2 * dim  # and its norm
+    pooler = 3 * dim
+    assert counts.moments == layers * (matrices + vectors) + embedding + pooler
+    found = plan(counts, Layout(), H100)
+    assert found.optimizer_bytes == pytest.approx(4 * (found.parameters + counts.moments))
+
+
 def test_days_follow_from_flops(bert: Counts) -> None:
     one = plan(bert, Layout(utilisation=0.5), H100)
     assert one.days == pytest.approx(
@@ -118,7 +137,8 @@ def test_the_verb_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> 
     assert "fits" in shown
     assert main(["plan", "bert-large", "--gigabytes", "3", "--devices", "8"]) == 0
     assert "try: --devices 8" in capsys.readouterr().out
-    assert main(["plan", "bert-base", "--json", "--tokens", "1e9"]) == 0
+    assert main(["plan", "bert-base", "--json", "--tokens", "1e9", "--optimizer", "lars"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["tokens"] == 1e9
+    assert values["optimizer_bytes"] == 8 * values["parameters"]
     assert values["fits"] is True

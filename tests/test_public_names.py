@@ -8,9 +8,9 @@ import pytest
 
 import selfsup
 
-NAMES = ["Model", "align", "compare", "distill", "evaluate", "export", "finetune", "import_"]
-NAMES += ["load", "load_many", "merge", "pet", "pretrain", "probe", "prompt", "prune", "report"]
-NAMES += ["self_train"]
+NAMES = ["Model", "align", "compare", "distill", "embed", "evaluate", "export", "finetune"]
+NAMES += ["import_", "index_recall", "load", "load_many", "merge", "pet", "pretrain", "probe"]
+NAMES += ["prompt", "prune", "report", "search", "self_train"]
 HEAVY = {"torch", "numpy", "sklearn", "scipy", "tokenizers", "pyarrow", "matplotlib", "rich"}
 # Runs a command line and tells on the last line of the standard error what it imported.
 WATCHED = f"""
@@ -62,6 +62,7 @@ def test_imports_without_torch(module):
         (("--help",), "exit codes"),
         (("pretrain", "--help"), "--resume"),
         (("compare", "--help"), "--labels"),
+        (("search", "--help"), "--recall"),
         (("--version",), "."),
         ((), "VERB"),
     ],
@@ -77,7 +78,8 @@ def test_every_verb_teaches_by_example():
     out = subprocess.run(
         [sys.executable, "-m", "selfsup", "--help"], capture_output=True, text=True, check=True
     )
-    for verb in ("pretrain", "finetune", "compare", "evaluate", "embed", "fill", "generate"):
+    verbs = ("pretrain", "finetune", "compare", "evaluate", "embed", "search", "fill", "generate")
+    for verb in verbs:
         assert f"\n    {verb} " in out.stdout
 
 

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         align,
         compare,
         distill,
+        embed,
         evaluate,
         export,
         finetune,
         import_,
+        index_recall,
         load,
         load_many,
         merge,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         prompt,
         prune,
         report,
+        search,
         self_train,
     )
     from selfsup.model_folder import Model
@@ -39,10 +42,12 @@ __all__ = [
     "align",
     "compare",
     "distill",
+    "embed",
     "evaluate",
     "export",
     "finetune",
     "import_",
+    "index_recall",
     "load",
     "load_many",
     "merge",
@@ -52,6 +57,7 @@ __all__ = [
     "prompt",
     "prune",
     "report",
+    "search",
     "self_train",
 ]
 

@@ -12,16 +12,19 @@ from selfsup.verbs.learning import finetune, pretrain
 from selfsup.verbs.measuring import align, compare, evaluate, probe, prompt
 from selfsup.verbs.merging import merge
 from selfsup.verbs.pruning import prune
+from selfsup.verbs.searching import embed, index_recall, search
 from selfsup.verbs.tuned_models import TunedModels
 
 __all__ = [
     "align",
     "compare",
     "distill",
+    "embed",
     "evaluate",
     "export",
     "finetune",
     "import_",
+    "index_recall",
     "load",
     "load_many",
     "merge",
@@ -31,6 +34,7 @@ __all__ = [
     "prompt",
     "prune",
     "report",
+    "search",
     "self_train",
 ]
 

@@ -14,6 +14,7 @@ from selfsup.commands import (
     planning,
     preparing,
     prompting,
+    searching,
     smaller,
     using,
 )
@@ -21,7 +22,7 @@ from selfsup.commands.options import Parser
 from selfsup.errors import SelfsupError
 
 GROUPS = (
-    *(learning, measuring, using, prompting, looking),
+    *(learning, measuring, using, searching, prompting, looking),
     *(few_labels, smaller, planning, preparing, exchanging),
 )
 EPILOG = """\
@@ -53,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; gives the exit code of errors.py."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own notes, once for every process
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:

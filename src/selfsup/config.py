@@ -134,7 +134,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file ({error})") from error
 
 
@@ -157,6 +157,9 @@ def recipe_values(name_or_path: str | Path) -> dict[str, Any]:
 def overridden(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """A copy of `values` with dotted keys replaced: {"method.mask_rate": 0.3}."""
     out = {k: overridden(v, {}) if isinstance(v, dict) else v for k, v in values.items()}
+    given = [name for name in BUDGETS if name in settings]
+    if len(given) > 1:
+        raise ConfigError(f"--set {' '.join(given)}: a run has one budget, give one of them")
     for dotted, value in settings.items():
         *sections, key = dotted.split(".")
         here = out

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_state = {"quiet": False}
+_state = {"quiet": False, "silent": False}
 PLAIN_INTERVAL = 10.0  # seconds between two plain progress lines
 
 
@@ -20,6 +20,17 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         _state["quiet"] = before
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """As `quiet`, and gives no warnings: another process gives them."""
+    _state["silent"] = True
+    try:
+        with quiet():
+            yield
+    finally:
+        _state["silent"] = False
 
 
 def is_terminal() -> bool:
@@ -35,7 +46,8 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """One line that a person must see."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if not _state["silent"]:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Progress:

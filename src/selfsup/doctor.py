@@ -1,6 +1,5 @@
 """What `selfsup doctor` says: is the installation well, is the data readable, is a run whole?"""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +7,9 @@ from pathlib import Path
 
 from selfsup import environment
 from selfsup.errors import CheckpointError, ConfigError, nearest
+
+PARTS = ("run.toml", "checkpoints", "metrics.jsonl", "model/config.toml")
+"""Any of these makes a folder a run."""
 
 
 def examine(path: str | None, text_column: str = "text", kind: str | None = None) -> Iterator[str]:
@@ -21,11 +23,11 @@ def examine(path: str | None, text_column: str = "text", kind: str | None = None
     Raises:
         DataError: the data cannot be read, or too much of them cannot be used.
         ConfigError: another kind.
-        CheckpointError: the run is damaged.
+        CheckpointError: a part of the run is damaged; all are named before.
     """
     if path is None:
         yield from _installation()
-    elif (Path(path) / "run.toml").is_file() or (Path(path) / "checkpoints").is_dir():
+    elif any((Path(path) / name).exists() for name in PARTS):
         yield from _run(Path(path))
     else:
         yield from _data(path, text_column, kind)
@@ -81,23 +83,13 @@ def _data(path: str, text_column: str, kind: str | None) -> Iterator[str]:
 
 
 def _run(path: Path) -> Iterator[str]:
-    from selfsup.model_folder import load_model
-    from selfsup.training.checkpoint import checkpoint_paths, verify
+    from selfsup.run_examination import examine_run
 
-    damaged = []
-    paths = checkpoint_paths(path / "checkpoints")
-    for checkpoint in paths:
-        try:
-            verify(checkpoint)
-            step = json.loads((checkpoint / "state.json").read_text())["step"]
-            yield f"{checkpoint.name:<14} whole, step {step}"
-        except CheckpointError as error:
-            damaged.append(str(error))
-            yield f"{checkpoint.name:<14} DAMAGED: {error}"
-    if (path / "model").is_dir():
-        load_model(path, "cpu")
-        yield f"{'model':<14} loads"
-    else:
-        yield f"{'model':<14} none yet: the run is not finished; go on with --resume"
-    if paths and len(damaged) == len(paths):
-        raise CheckpointError(f"{path}: every checkpoint is damaged")
+    damage = []
+    for name, said, damaged in examine_run(path):
+        yield f"{name:<14} {'DAMAGED: ' if damaged else ''}{said}"
+        damage += [said] if damaged else []
+    if len(damage) == 1:
+        raise CheckpointError(damage[0])
+    if damage:
+        raise CheckpointError(f"{path}: {len(damage)} parts are damaged: the lines above name them")

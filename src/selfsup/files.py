@@ -1,22 +1,27 @@
 """Files that are either whole or not there: written aside, flushed, renamed."""
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfsup.errors import StorageError
+
+T = TypeVar("T")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2(2)
 
 
 @contextmanager
@@ -41,6 +46,11 @@ def storage(path: Path) -> Iterator[None]:
         raise
 
 
+def is_full(error: StorageError) -> bool:
+    """Whether what failed was a disk without space (or a quota), and not a place that refuses."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL
+
+
 def flush_folder(folder: Path) -> None:
     """Makes a rename inside `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -50,24 +60,44 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def aside_name(path: Path, kind: str = "tmp") -> Path:
+    """What stands beside `path` while it is written or removed; `old`: what it takes the place of.
+
+    A killed process leaves it: `tmp` may go, `old` is put back where nothing took its place.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file that appears at `path` only when the block ends well.
+
+    Yields a temporary name beside `path`; what the block wrote there is flushed and renamed.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    aside = aside_name(path)
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        flush_folder(path.parent)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file whole: to a temporary name beside it, flushed, renamed.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        flush_folder(path.parent)
+    with whole_file(path) as aside:
+        aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,29 +115,71 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that appears at `path` only when the block ends well.
 
     Yields a temporary folder beside `path`; flushes every file in it, then renames it. On an error
-    the temporary folder is removed. An older folder at `path` is replaced.
+    the temporary folder is removed. An older folder at `path` is replaced, on Linux in one step.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_name(path)
     with storage(path):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         try:
             yield aside
             for file in sorted(aside.rglob("*")):
-                if file.is_file():
-                    with open(file, "rb") as opened:
-                        os.fsync(opened.fileno())
+                flush_folder(file)  # a file is flushed in the same way
             flush_folder(aside)
-            if path.exists():
-                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            if not path.exists():
+                os.rename(aside, path)
+            elif not exchange(aside, path):
+                old = aside_name(path, "old")
                 os.rename(path, old)
                 os.rename(aside, path)
                 shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         flush_folder(path.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step; False where the system or the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)  # musl has none
+    if swap is None:
+        return False
+    return swap(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that others may be reading: all of it is gone at once for them."""
+    with storage(path):
+        aside = aside_name(path)
+        os.rename(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_steadily(folder: Path, read: Callable[[], T]) -> T:
+    """What `read` makes of a folder that a save may replace or remove at the same time.
+
+    It reads again when another folder stands there afterwards than before: the files that it saw
+    may be of both, and an error may only say that one of them was gone.
+    """
+    while True:
+        before = _identity(folder)
+        try:
+            out = read()
+        except Exception:
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return out
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def sha256(path: Path) -> str:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from selfsup import registry
 from selfsup.batch import Batch
 from selfsup.config import from_mapping, overridden, read_toml, write_toml
 from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError, DataError
-from selfsup.files import sha256, whole_folder
+from selfsup.files import read_steadily, sha256, whole_folder
 from selfsup.models.encoder import Encoder, masked_mean
 from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
 from selfsup.randomness import isolated, seed_layers, torch_generator
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from selfsup.evaluation.anomaly import Anomaly
 
 FORMAT = 1
+SLACK = 8
+"""Numbers of a network for each one in its file, which may hold several in a byte."""
+SECTIONS = ("data", "model", "method", "task", "labels", "tuning", "base", "sha256")
 
 
 def build_encoder(name: str, config: Any, spec: Any, seed: int) -> Encoder:
@@ -85,8 +89,7 @@ def save_model(
         values = {**values, "base": base.values(path)}
         weights = without_base(weights, objective.encoder, base.model.encoder)
     with whole_folder(path) as aside:
-        save_tensors(aside / "model.safetensors", weights)
-        hashes = {"model.safetensors": sha256(aside / "model.safetensors")}
+        hashes = {"model.safetensors": save_tensors(aside / "model.safetensors", weights)}
         document = {"format": FORMAT, **values, "sha256": hashes}
         (aside / "config.toml").write_text(write_toml(document))
         preprocessor.save(aside)
@@ -134,12 +137,26 @@ def load_base(path: Path, section: dict[str, str]) -> "Model":
     """The base of the run whose `model/` folder is `path`.
 
     Raises:
-        CheckpointError: it is not there, or has other weights.
+        CheckpointError: it is not there, has other weights, or was itself tuned from this run.
     """
     found = find_base(path, section)
+    _check_chain(path, found)
     base = Base(found, load_model(found, "cpu"))
     check_base(path, section, base)
     return base.model
+
+
+def _check_chain(path: Path, base: Path) -> None:
+    """Follows the bases of bases: none of them may be the `model/` folder `path` again."""
+    seen = {path.resolve()}
+    while True:
+        inner, values = read_folder(base)
+        if inner.resolve() in seen:
+            raise CheckpointError(f"{path / 'config.toml'}: says under [base] that it is its own")
+        if "base" not in values:
+            return
+        seen.add(inner.resolve())
+        base = find_base(inner, values["base"])
 
 
 def find_base(path: Path, section: dict[str, str]) -> Path:
@@ -175,7 +192,7 @@ def check_base(path: Path, section: dict[str, str], base: Base) -> None:
 def load_model(
     run: str | Path, device: str = "auto", settings: dict[str, Any] | None = None
 ) -> "Model":
-    """Loads a run's folder, or its `model/` folder.
+    """Loads a run's folder, or its `model/` folder, which may be replaced meanwhile.
 
     Args:
         run: the folder.
@@ -186,13 +203,20 @@ def load_model(
         CheckpointError: there is no finished model, or it is damaged.
         ConfigError: a setting of something else.
     """
-    path, values = read_folder(run)
-    for key in settings or {}:
-        if not key.startswith("task.") or "task" not in values:
-            raise ConfigError(f"--set {key}: of a finished run only keys of its task can be set")
-    values = overridden(values, settings or {})
-    base = load_base(path, values["base"]) if "base" in values else None
-    return assemble(path, values, base, device)
+
+    def read() -> Model:
+        path, values = read_folder(run)
+        for key in settings or {}:
+            if not key.startswith("task.") or "task" not in values:
+                raise ConfigError(
+                    f"--set {key}: of a finished run only keys of its task can be set"
+                )
+        values = overridden(values, settings or {})
+        base = load_base(path, values["base"]) if "base" in values else None
+        return assemble(path, values, base, device)
+
+    inner = Path(run) / "model"
+    return read_steadily(inner if inner.is_dir() else Path(run), read)
 
 
 def read_folder(run: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -212,6 +236,11 @@ def read_folder(run: str | Path) -> tuple[Path, dict[str, Any]]:
         raise CheckpointError(
             f"{path / 'config.toml'}: format {values.get('format')}, this version reads {FORMAT}"
         )
+    for name in SECTIONS:
+        if not isinstance(values.get(name, {}), dict):
+            raise CheckpointError(
+                f"{path / 'config.toml'}: {name} is a section, got {values[name]!r}"
+            )
     return path, values
 
 
@@ -240,7 +269,12 @@ def assemble(
     preprocessor = data_module.load_preprocessor(path)
     model_module = registry.module_of(registry.MODELS, "model", model_name)
     config = from_mapping(model_module.Config, model, "model")
-    encoder = base.encoder if base else build_encoder(model_name, config, preprocessor.spec, seed=0)
+    weights = _verified_weights(path, values)
+    if base:
+        encoder = base.encoder
+    else:
+        with at_most(SLACK * sum(tensor.numel() for tensor in weights.values()), path):
+            encoder = build_encoder(model_name, config, preprocessor.spec, seed=0)
     of_base = list(encoder.state_dict()) if base else []
     names = tuple(values.get("labels", {}).get("names", ()))
     module = registry.module_of(registry.TABLES[kind], kind[:-1], objective_name)
@@ -254,7 +288,6 @@ def assemble(
     )
     if "tuning" in values:
         retune(objective, values["tuning"], preprocessor, name)
-    weights = _verified_weights(path, values)
     if name != OWN:
         own, wanted = f".additions.{OWN}.", f".additions.{name}."
         weights = {key.replace(own, wanted, 1): value for key, value in weights.items()}
@@ -265,6 +298,34 @@ def assemble(
     others = {k: v for k, v in objective.state_dict().items() if k not in kept}
     load_weights(objective, {**others, **weights}, str(path / "model.safetensors"))
     return Model(objective, preprocessor, names, values, device)
+
+
+@contextmanager
+def at_most(limit: int, path: Path) -> Iterator[None]:
+    """Inside, no network of more than `limit` numbers is built.
+
+    So a configuration that does not belong to the weights beside it cannot ask for all memory.
+
+    Raises:
+        CheckpointError: it was asked for; the `model/` folder `path` is named.
+    """
+    built = 0
+
+    def count(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        nonlocal built
+        built += parameter.numel() if parameter is not None else 0
+        if built > limit:
+            raise CheckpointError(
+                f"{path}: config.toml describes a network much larger than model.safetensors"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # a tensor that no memory could hold
+        raise CheckpointError(f"{path / 'config.toml'}: [model]: {error}") from error
+    finally:
+        hook.remove()
 
 
 def joined(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[str, Any]:

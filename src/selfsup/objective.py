@@ -42,6 +42,8 @@ class Objective(nn.Module):
         refresh_every: steps between two calls of `refresh`; None: never, 0: once, before step 0.
         chance_loss: the loss of a guess that ignores its input, where that is known; the guard
             warns when training sits on it.
+        whole_batch: whether `loss` compares the examples of a batch, those of all ranks; a module
+            that does so has this too.
         adds_penalty: whether `loss` adds `Features.penalty` of an encoder that has one.
         predicts_next: whether a blank is told from the position to its left, as a next token is.
     """
@@ -51,6 +53,7 @@ class Objective(nn.Module):
     kept: tuple[str, ...] = ("encoder",)
     refresh_every: int | None = None
     chance_loss: float | None = None
+    whole_batch: bool = False
     adds_penalty: bool = False
     predicts_next: bool = False
 

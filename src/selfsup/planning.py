@@ -3,10 +3,10 @@
 The model is built on the meta device, where tensors have shapes and no content, so counting the
 parameters of a trillion takes seconds. FLOPs are counted in one forward pass over such a row (a
 multiply-add is two); the backward pass costs twice as much again. Memory follows mixed-precision
-Adam (16 bytes a parameter, Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1) and the
-activations of a transformer layer (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1, with
-attention that keeps no scores). Time is FLOPs over the devices' peak times the share of it that is
-reached.
+training (16 bytes a parameter with Adam, Rajbhandari et al. 2019, arXiv 1910.02054, section 3.1;
+another optimizer keeps other moments) and the activations of a transformer layer (Korthikanti et
+al. 2022, arXiv 2205.05198, section 4.1, with attention that keeps no scores). Time is FLOPs over
+the devices' peak times the share of it that is reached.
 
 `plans.toml` names published models, `hardware.toml` accelerators.
 """
@@ -26,9 +26,12 @@ from selfsup.errors import ConfigError, nearest
 from selfsup.models.encoder import Encoder
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.models.experts import Experts
+from selfsup.training.config import Optimizer
+from selfsup.training.optim import num_moments
 
 FOLDER = Path(__file__).parent
-WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 2, 12  # 16-bit; float32 copy and two moments
+WEIGHT_BYTES, GRADIENT_BYTES = 2, 2  # 16-bit
+COPY_BYTES, MOMENT_BYTES = 4, 4  # what the optimizer keeps in float32: the weights, its moments
 LAYER_BYTES = 34  # kept per position and width of a layer for the backward pass, in 16 bits
 CHECKPOINT_BYTES = 2  # the same when a layer keeps its input alone
 
@@ -104,6 +107,7 @@ class Subject:
         row_length: tokens of a row.
         predicted: share of the positions whose logits are computed.
         tokens: of the whole training.
+        optimizer: its moments take memory.
         published: parameters as published; 0: none are.
         source: where the numbers come from.
     """
@@ -115,6 +119,7 @@ class Subject:
     row_length: int
     predicted: float
     tokens: float
+    optimizer: Optimizer = "adamw"
     published: float = 0.0
     source: str = ""
 
@@ -127,6 +132,7 @@ class Counts:
         asked: the model, and how it is trained.
         parameters: all of them; `expert_parameters` are those of experts, `active_parameters` those
             that one token meets.
+        moments: numbers that the optimizer keeps.
         forward_flops: of one pass, per token read.
         dim, inner: width of the hidden states and of the feed-forward layers.
         layers: of all stacks.
@@ -136,6 +142,7 @@ class Counts:
     parameters: int
     expert_parameters: int
     active_parameters: int
+    moments: int
     forward_flops: float
     dim: int
     inner: int
@@ -224,6 +231,7 @@ def subject(name: str, settings: dict[str, Any] | None = None) -> Subject:
         row_length=row,
         predicted=masked,
         tokens=float(per_step * (training.steps or 0)),
+        optimizer=training.optimizer,
     )
 
 
@@ -251,6 +259,7 @@ def count(asked: Subject) -> Counts:
         parameters=total,
         expert_parameters=sum(size for _, size in of_experts),
         active_parameters=total - sum(size - size // number for number, size in of_experts),
+        moments=sum(num_moments(p.shape, asked.optimizer) for p in model.parameters()),
         forward_flops=forward,
         dim=model.dim,
         inner=getattr(model.config, "feedforward_width", 4 * model.dim),
@@ -321,7 +330,8 @@ def _state_bytes(counts: Counts, layout: Layout) -> tuple[float, float]:
     sharded = (dense + experts) / copies
     weights = sharded if layout.sharding == "full" else here
     optimizer = here if layout.sharding == "none" else sharded
-    return (WEIGHT_BYTES + GRADIENT_BYTES) * weights, OPTIMIZER_BYTES * optimizer
+    each = COPY_BYTES + MOMENT_BYTES * counts.moments / counts.parameters
+    return (WEIGHT_BYTES + GRADIENT_BYTES) * weights, each * optimizer
 
 
 def _activation_bytes(counts: Counts, layout: Layout) -> float:

@@ -104,8 +104,8 @@ def resolve(table: dict[str, str], kind: str, name: str) -> Any:
 
 def module_of(table: dict[str, str], kind: str, name: str) -> Any:
     """The module that holds `name`; its `Config` is what a configuration section may say."""
-    if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}{nearest(name, table)}")
+    if not isinstance(name, str) or name not in table:
+        raise ConfigError(f"unknown {kind} {name!r}{nearest(str(name), table)}")
     return importlib.import_module(table[name].partition(":")[0])
 
 

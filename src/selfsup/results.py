@@ -128,6 +128,20 @@ def record_prompt(name: str, result: dict[str, Any]) -> None:
     )
 
 
+def record_recall(name: str, index: str, scores: dict[str, Any], seconds: float) -> None:
+    """Records what an index finds in docs/results, and what it is."""
+    values = read_toml(Path(index) / "index.toml")
+    keys = ("kind", "items", "dim", "dtype", "faiss")
+    record(
+        name,
+        command=environment.command_line(),
+        seeds=[0],
+        seconds=seconds,
+        scores=scores,
+        index={key: values[key] for key in keys if key in values},
+    )
+
+
 def record_evaluation(name: str, run: str, scores: dict[str, float], seconds: float) -> None:
     """Records an evaluation in docs/results."""
     seed = read_toml(Path(run) / "run.toml")["training"]["seed"]

@@ -55,14 +55,14 @@ def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> N
     if not (path / "run.toml").exists():
         return  # stopped before the first line was written: there is nothing to differ from
     before = configuration.read_toml(path / "run.toml")
-    before |= {name: _completed(name, before[name]) for name in sections if name in before}
+    before |= {name: _completed(name, _section(before, name)) for name in sections}
     sections = {name: _completed(name, values) for name, values in sections.items()}
     pairs = {
-        f"{section}.{key}": (before.get(section, {}).get(key), values.get(key))
+        f"{section}.{key}": (_section(before, section).get(key), values.get(key))
         for section, values in sections.items()
-        for key in sorted(before.get(section, {}).keys() | values.keys())
+        for key in sorted(_section(before, section).keys() | values.keys())
     }
-    pairs |= {f"facts.{k}": (before.get("facts", {}).get(k), new) for k, new in facts.items()}
+    pairs |= {f"facts.{k}": (_section(before, "facts").get(k), new) for k, new in facts.items()}
     for key, (old, new) in pairs.items():
         if old != new:
             raise ConfigError(
@@ -71,12 +71,18 @@ def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> N
             )
 
 
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of run.toml; what is none counts as empty."""
+    found = values.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _completed(section: str, values: dict[str, Any]) -> dict[str, Any]:
     """A section with the defaults of the keys that it leaves out."""
     table = registry.TABLES.get(section) or registry.TABLES.get(f"{section}s")
     keys = dict(values)
     name = keys.pop("name", None)
-    if table is None or name not in table:
+    if table is None or not isinstance(name, str) or name not in table:
         return values
     shape = getattr(registry.module_of(table, section, name), "Config", None)
     if shape is None:

@@ -123,9 +123,9 @@ def test_words_that_the_model_cannot_tell_apart_are_refused():
         rows_of(tokenizer, ["so "], [" ", "good"])
 
 
-def test_only_causal_models_are_prompted():
+def test_only_models_that_write_are_prompted():
     values = {"method": {"name": "masked_language"}}
-    other = SimpleNamespace(objective=torch.nn.Linear(1, 1), values=values)
+    other = SimpleNamespace(objective=SimpleNamespace(encoder=None), values=values)
     with pytest.raises(ConfigError, match="masked_language model cannot be prompted"):
         answer(other, PLAIN, [], ["good"], Settings())
 

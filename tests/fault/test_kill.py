@@ -3,20 +3,13 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from selfsup.training.checkpoint import load_newest
-
-CLOCK = {"seconds", "speed_bytes"}
 SETTINGS = (
-    *("training.checkpoint_every=5", "training.log_every=1"),
-    *("training.batch_size=32", "training.keep=best"),
+    *("training.checkpoint_every=5", "training.batch_size=32", "training.keep=best"),
     # weights of about a megabyte: a save takes some milliseconds
     *("model.dim=64", "model.layers=2", "data.tokenizer.vocab_size=300"),
 )
@@ -30,18 +23,25 @@ def first_change(path: Path, before: int, child) -> None:
         time.sleep(0.0005)
 
 
-def half_written(checkpoints: Path, pid: int) -> bool:
+def in_a_save(run: Path, pid: int) -> bool:
     """Whether that process is in the middle of a save, or died there."""
-    return any(checkpoints.glob(f".step-*.{pid}.tmp"))
+    return any((run / "checkpoints").glob(f".step-*.{pid}.tmp"))
 
 
 def kill_in_save(child, run: Path, draw: random.Random) -> None:
-    """Waits for a save to begin, then kills at a random moment of it."""
+    """Waits for a save to begin, stops the process at a random moment of it, and kills it there.
+
+    Where the save had ended before the process stood still, it goes on to another one.
+    """
     end = time.monotonic() + 120
-    while not half_written(run / "checkpoints", child.pid):
-        assert time.monotonic() < end, child.err.read_text()
-    time.sleep(draw.uniform(0, 0.004))
-    os.kill(child.pid, signal.SIGKILL)
+    while True:
+        while not in_a_save(run, child.pid):
+            assert time.monotonic() < end, child.err.read_text()
+        time.sleep(draw.uniform(0, 0.004))
+        os.kill(child.pid, signal.SIGSTOP)
+        if in_a_save(run, child.pid):
+            return os.kill(child.pid, signal.SIGKILL)
+        os.kill(child.pid, signal.SIGCONT)
 
 
 def kill_while_training(child, run: Path, draw: random.Random, before: int) -> None:
@@ -62,7 +62,7 @@ def torment(start, run: Path, plan: list[str], seed: int) -> int:
     metrics = run / "metrics.jsonl"
     for number, kind in enumerate(plan):
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        child = start(run, *(["--resume"] if number else []))
+        child = start(run, resume=number > 0)
         if kind == "save":
             kill_in_save(child, run, draw)
         elif kind == "train":
@@ -70,85 +70,65 @@ def torment(start, run: Path, plan: list[str], seed: int) -> int:
         else:
             kill_early(child, draw)
         assert child.wait() == -signal.SIGKILL, f"kill {number} came too late"
-        in_save += half_written(run / "checkpoints", child.pid)
-    child = start(run, "--resume")
+        in_save += in_a_save(run, child.pid)
+    child = start(run, resume=True)
     assert child.wait() == 0, child.err.read_text()
     return in_save
 
 
-def equal(run: Path, whole: Path) -> None:
-    """Bit-equal, but for the clock, and nothing half-written is left."""
-    ours, theirs = load_newest(run / "checkpoints"), load_newest(whole / "checkpoints")
-    for got, expected in zip(ours[:3], theirs[:3], strict=True):
-        assert got.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert got[name].dtype == tensor.dtype
-            assert got[name].equal(tensor), name
-    states = [{k: v for k, v in c.state.items() if k not in CLOCK} for c in (ours, theirs)]
-    assert states[0] == states[1]
-    names = sorted(str(p.relative_to(whole)) for p in whole.rglob("*"))
-    assert sorted(str(p.relative_to(run)) for p in run.rglob("*")) == names
-    for name in ("metrics.jsonl", "model/model.safetensors", "model/config.toml", "fills.json"):
-        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+@pytest.fixture
+def start(pretrain):
+    """Starts a run of 200 steps, with a save every fifth."""
+
+    def start(run: Path, steps: int = 200, resume: bool = False):
+        return pretrain(run, f"training.steps={steps}", *SETTINGS, resume=resume)
+
+    return start
 
 
-def command(corpus, out: Path, steps: int, more) -> list[str]:
-    begin = ["pretrain", str(corpus.masked), "--data", str(corpus.text), "--out", str(out)]
-    return [*begin, "--set", f"training.steps={steps}", *SETTINGS, *more]
-
-
-def test_killed_twice(launch, corpus, tmp_path):
-    """The short form: children of one prepared process."""
-
-    def start(run: Path, *more: str):
-        return launch(*command(corpus, run, 40, more))
-
-    whole = start(tmp_path / "whole")
-    in_save = torment(start, tmp_path / "run", ["save", "train"], seed=0)
+def test_killed_twice(start, same_run, tmp_path):
+    """The short form of the tests below."""
+    whole = start(tmp_path / "whole", steps=40)
+    in_save = torment(
+        lambda run, resume: start(run, 40, resume), tmp_path / "run", ["save", "train"], seed=0
+    )
     assert whole.wait() == 0, whole.err.read_text()
-    assert in_save >= 1
-    equal(tmp_path / "run", tmp_path / "whole")
-
-
-@dataclass
-class Program:
-    """The real command line."""
-
-    process: subprocess.Popen
-    err: Path
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=300)
+    assert in_save == 1
+    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.fault
-def test_killed_twenty_times(corpus, tmp_path):
-    """Twelve kills aimed at a save, five at training, three at the start, in random order."""
-    count = iter(range(1000))
+def test_killed_fifty_times(start, finished, same_run, faults, tmp_path):
+    """Two runs: each 15 kills inside a save, 7 in training, 3 at the start, in random order."""
+    finished(start(tmp_path / "whole"))
+    for seed in (1, 2):
+        plan = ["save"] * 15 + ["train"] * 7 + ["early"] * 3
+        random.Random(seed).shuffle(plan)
+        run = tmp_path / f"run{seed}"
+        in_save = torment(start, run, plan, seed)
+        assert in_save >= 15
+        same_run(run, tmp_path / "whole")
+        for kind in plan:
+            where = {"save": "inside a save", "train": "in training", "early": "at the start"}[kind]
+            with faults.trial(f"SIGKILL {where}", "resumed to the end: bit-equal"):
+                pass  # what held for the whole run held for each of its kills
 
-    def start(run: Path, *more: str) -> Program:
-        err = tmp_path / f"{next(count)}.err"
-        with open(err, "wb") as file:
-            return Program(
-                subprocess.Popen(
-                    [sys.executable, "-m", "selfsup", *command(corpus, run, 120, more)],
-                    stdout=subprocess.DEVNULL,
-                    stderr=file,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                ),
-                err,
-            )
 
-    plan = ["save"] * 12 + ["train"] * 5 + ["early"] * 3
-    random.Random(1).shuffle(plan)
-    whole = start(tmp_path / "whole")
-    assert whole.wait() == 0, whole.err.read_text()
-    in_save = torment(start, tmp_path / "run", plan, seed=2)
-    print(f"{len(plan)} kills, {in_save} of them inside a save")
-    assert len(plan) == 20
-    assert in_save >= 8
-    equal(tmp_path / "run", tmp_path / "whole")
+@pytest.mark.fault
+def test_three_resumes_in_a_row(start, finished, same_run, faults, tmp_path):
+    """Each is ended by SIGTERM after some steps."""
+    finished(start(tmp_path / "whole", steps=40))
+    draw = random.Random(3)
+    for number in range(3):
+        run = tmp_path / f"run{number}"
+        with faults.trial("three resumes in a row", "bit-equal"):
+            for leg in range(3):
+                path = run / "metrics.jsonl"
+                before = path.stat().st_mtime_ns if path.exists() else 0
+                child = start(run, 40, resume=leg > 0)
+                first_change(path, before, child)
+                time.sleep(draw.uniform(0, 0.03))
+                os.kill(child.pid, signal.SIGTERM)
+                assert child.wait() == 143, child.err.read_text()
+            finished(start(run, 40, resume=True))
+            same_run(run, tmp_path / "whole")

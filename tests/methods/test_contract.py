@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from selfsup import ranks
 from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec, TableSpec, Vocabulary
 from selfsup.config import from_mapping, overridden, to_mapping, write_toml
 from selfsup.data.dataset import Dataset, pad_mask, pad_rows
+from selfsup.errors import ConfigError
 from selfsup.objective import Objective, Taught
 from selfsup.randomness import isolated, numpy_generator, seed_layers, torch_generator
 from selfsup.registry import METHODS, MODELS, module_of, resolve
@@ -606,7 +608,8 @@ def trained_teacher() -> Objective:
     """A masked language model that knows the alphabet a little: who teaches where a method asks."""
     data = Sequences("single", 256, 7)
     teacher = build(Case("masked_language", sequences("single"), TRANSFORMER))
-    train(teacher, data, None, TrainingConfig(steps=60, lr=1e-2, precision="float32"))
+    with ranks.alone():
+        train(teacher, data, None, TrainingConfig(steps=60, lr=1e-2, precision="float32"))
     return teacher
 
 
@@ -880,3 +883,51 @@ def test_two_ranks_give_one_ranks_gradient(number, of_two_ranks):
     for name, gradient in expected.items():
         mean = sum(w * part[name] for w, part in zip(weights, parts, strict=True)) / sum(weights)
         torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@each
+def test_an_objective_whose_loss_compares_examples_says_so(case):
+    says = any(getattr(module, "whole_batch", False) for module in build(case).modules())
+    assert says or not case.compares
+
+
+def trained(case: Case, **more: Any) -> dict[str, Tensor]:
+    """The weights after two steps of two passes."""
+    config = TrainingConfig(
+        steps=2, batch_size=4, accumulate=2, evaluations=1, precision="float32", eps=1e-4, **more
+    )
+    objective = build(case, refreshed=False)
+    train(objective, case.data(16, 1), case.data(8, 2), config)
+    ranks.set_group(None)
+    return objective.state_dict()
+
+
+def trained_by_one_rank(rank: int) -> list[list[dict[str, Tensor]]]:
+    """What each of two ranks has learned of every case: with all weights, and with its share."""
+    replicated = [trained(case) for case in CASES]
+    sharded = []
+    for case in CASES:
+        try:
+            sharded.append(trained(case, sharded=True))
+        except ConfigError:
+            sharded.append({})
+    return [replicated, sharded]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_every_method(on_two_ranks):
+    """Bit-equal on both; as one rank does it, where the ranks divide passes and not rows."""
+    (first, sharded), (second, _) = on_two_ranks(trained_by_one_rank)
+    for case, ours, theirs, shares in zip(CASES, first, second, sharded, strict=True):
+        same(ours, theirs)
+        expected = {"sharded": ours}
+        if not any(getattr(module, "whole_batch", False) for module in build(case).modules()):
+            expected["alone"] = trained(case)
+        for way, weights in expected.items():
+            found = shares if way == "sharded" else ours
+            assert found or case.method in ("deepcluster", "hubert", "vae")
+            for name, weight in weights.items() if found else ():
+                told = f"{case}, {way}, {name}"
+                torch.testing.assert_close(
+                    found[name], weight, rtol=0, atol=1e-5, msg=lambda text, t=told: f"{t}: {text}"
+                )

@@ -265,6 +265,18 @@ def test_scores_against_a_loop_over_items_words_and_tokens(tokenizer, several_to
     )
 
 
+def test_words_that_are_neither_read_nor_labels_get_no_gradient(tokenizer):
+    task = cloze_of(tokenizer)
+    batch = rows_of(task, Rows(tokenizer), labelled()).batch(np.arange(4))
+    task.loss(batch, GENERATOR).loss.backward()
+    gradient = task.encoder.embedding.tokens.weight.grad
+    used = torch.cat([batch["tokens"].unique(), batch["verbalizers"].flatten()]).unique()
+    others = torch.ones(len(gradient), dtype=torch.bool).index_fill(0, used, False)
+    assert others.any()
+    assert (gradient[others] == 0).all()
+    assert (gradient[batch["verbalizers"].flatten()] != 0).any(1).all()
+
+
 def test_padding_changes_nothing(tokenizer):
     task = cloze_of(tokenizer)
     batch = rows_of(task, Rows(tokenizer), labelled()).batch(np.arange(4))
@@ -394,7 +406,7 @@ def test_finetune_evaluate_and_predict(corpus, masked_run, selfsup, tmp_path):
     begin = ("finetune", masked_run, "--task", "cloze", "--data", corpus.labelled)
     answer = selfsup(
         *begin, "--out", tmp_path / "run", "--set", f"task.template={template}",
-        "training.steps=30", "training.lr=5e-3",
+        "training.steps=100", "training.lr=5e-3", "training.seed=1",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     template.unlink()  # the run holds its text

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from torch import nn
 from selfsup.data.labelled_spans import LabelledSpans
 from selfsup.data.labels import Labelled
 from selfsup.data.span_files import Answer
+from selfsup.data.text import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError
-from selfsup.evaluation.adapt import answers
+from selfsup.evaluation.adapt import answers, num_rows
 from selfsup.evaluation.metrics import METRICS
 from selfsup.model_folder import load_model
 from selfsup.models.encoder import Encoder, Features
@@ -203,6 +205,8 @@ def test_a_tiny_model_learns_to_answer_over_several_windows():
     tokenizer = Tokenizer.train(TokenizerConfig(vocab_size=100), texts * 5)
     data = LabelledSpans(labelled, tokenizer, 24)
     assert len(data) == 2 * len(labelled)
+    assert num_rows(TextPreprocessor(tokenizer, 24), labelled) == len(data)
+    assert num_rows(None, replace(labelled, task="generation")) == len(labelled)
     config = TransformerConfig(
         dim=32, layers=2, heads=2, dropout=0.0, embedding_std=1.0, init_std=0.18
     )

@@ -13,6 +13,7 @@ from selfsup.data.dataset import Dataset, pad_mask, pad_rows
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Objective, Output
 from selfsup.randomness import isolated, numpy_generator, seed_layers
+from selfsup.training import checkpoint
 from selfsup.training.config import TrainingConfig
 
 WORDS, DIM = 12, 8
@@ -110,6 +111,12 @@ def same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Non
 def weights(objective: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the state."""
     return {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch) -> None:
+    """A save that finds the disk full is tried again at once."""
+    monkeypatch.setattr(checkpoint, "WAITS", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,20 @@ import os
 import pickle
 import shutil
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from selfsup import files
 from selfsup.errors import CheckpointError, StorageError
 from selfsup.files import sha256
+from selfsup.training import checkpoint as training_checkpoint
 from selfsup.training.checkpoint import (
     Checkpoint,
     checkpoint_paths,
@@ -97,6 +103,35 @@ def test_only_the_newest_are_kept(tmp_path):
         (tmp_path / ".step-00000099.1.tmp").mkdir(exist_ok=True)  # a half-written one is no count
     assert [p.name for p in checkpoint_paths(tmp_path)] == ["step-00000015", "step-00000020"]
     assert load_newest(tmp_path).state["step"] == 20
+
+
+def names(folder: Path) -> list[str]:
+    return [p.name for p in checkpoint_paths(folder)]
+
+
+def test_every_so_many_steps_one_stays_for_good(tmp_path):
+    for step in range(5, 45, 5):
+        save_checkpoint(tmp_path, step, checkpoint(step), keep=2, keep_every=15)
+    assert names(tmp_path) == [f"step-000000{step}" for step in (15, 30, 35, 40)]
+
+
+def test_steps_are_numbers_and_not_words(tmp_path):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        save_checkpoint(tmp_path, step, checkpoint(step), keep=2)
+    (tmp_path / "step-of-mine").mkdir()
+    assert names(tmp_path) == ["step-100000000", "step-100000001"]
+
+
+def test_a_damaged_later_one_does_not_cost_the_new_one(tmp_path):
+    """The run went on from the one before it."""
+    for step in (20, 30):
+        save_checkpoint(tmp_path, step, checkpoint(step), keep=2)
+    empty(tmp_path / "step-00000030" / "weights.safetensors")
+    save_checkpoint(tmp_path, 25, checkpoint(25), keep=1)
+    same(load_newest(tmp_path), checkpoint(25))
+    save_checkpoint(tmp_path, 30, checkpoint(30), keep=1)
+    assert names(tmp_path) == ["step-00000030"]
+    same(load_newest(tmp_path), checkpoint(30))
 
 
 def test_a_step_that_is_saved_again_replaces_the_old_one(tmp_path):
@@ -242,6 +277,112 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_debris(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["step-00000020"]
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_tried_again_with_a_warning_each_time(tmp_path, monkeypatch, capsys):
+    slept, left = [], [2]
+
+    def fsync(_descriptor: int) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training_checkpoint, "WAITS", (2.0, 4.0, 8.0))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(tmp_path, 10, checkpoint(10), keep=1)
+    assert slept == [2.0, 4.0]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.rpartition("; ")[2] for line in said] == [
+        "trying again in 2 s",
+        "trying again in 4 s",
+    ]
+    assert all("step-00000010: no space left on the device" in line for line in said)
+    same(load_newest(tmp_path), checkpoint(10))
+
+
+def test_a_place_that_refuses_is_not_tried_again(tmp_path, monkeypatch, capsys):
+    def fsync(_descriptor: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError, match="cannot be written"):
+        save_checkpoint(tmp_path, 10, checkpoint(10), keep=1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("room", "damaged", "stay", "given_up"),
+    [
+        (2, [], [30, 40], "step-00000010, step-00000020"),
+        (3, [30], [30, 40], "step-00000010"),  # up to the newest that is whole
+        (1, [], [30], "step-00000010, step-00000020"),  # that was not enough
+        (2, [30], [20, 30], "step-00000010"),
+        (1, [10, 20, 30], [10, 20, 30], None),
+    ],
+)
+def test_older_ones_are_given_up_for_room_but_the_newest_whole(
+    tmp_path, monkeypatch, capsys, room, damaged, stay, given_up
+):
+    """A disk that is full as long as so many checkpoints are there."""
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, checkpoint(step), keep=3)
+    for step in damaged:
+        empty(tmp_path / f"step-000000{step}" / "weights.safetensors")
+
+    def fsync(_descriptor: int) -> None:
+        if len([name for name in names(tmp_path) if name != "step-00000040"]) >= room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if 40 in stay else pytest.raises(StorageError, match="no space left"):
+        save_checkpoint(tmp_path, 40, checkpoint(40), keep=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [f"step-000000{step}" for step in stay]
+    said = capsys.readouterr().err
+    assert f"giving up {given_up} for room" in said if given_up else "giving up" not in said
+
+
+def test_what_stays_for_good_is_not_given_up(tmp_path, monkeypatch):
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, checkpoint(step), keep=3)
+
+    def fsync(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(StorageError):
+        save_checkpoint(tmp_path, 40, checkpoint(40), keep=3, keep_every=10)
+    assert names(tmp_path) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_readers_never_fail_while_saves_replace_and_remove(tmp_path, monkeypatch, capsys, swaps):
+    """The newest is removed by the next save but one; a step is saved twice."""
+    if not swaps:
+        monkeypatch.setattr(files, "exchange", lambda one, other: False)
+    save_checkpoint(tmp_path, 1, checkpoint(1), keep=1)
+    written = iter(range(2, 10**6))
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            step = next(written)
+            for _ in range(2 if swaps else 1):
+                save_checkpoint(tmp_path, step, checkpoint(step), keep=1)
+
+    with ThreadPoolExecutor(1) as executor:
+        writing = executor.submit(write)
+        steps = []
+        try:
+            while not steps or len(set(steps)) < 10:
+                found = load_newest(tmp_path)
+                same(found, checkpoint(found.state["step"]))
+                steps.append(found.state["step"])
+        finally:
+            ended.set()
+        writing.result()
+    assert steps == sorted(steps)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("after", range(6))

@@ -234,13 +234,26 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / ".step-00000005.77.tmp").mkdir(parents=True)
     (checkpoints / ".step-00000005.77.tmp" / "weights.safetensors").write_bytes(b"half")
-    (checkpoints / ".step-00000005.77.old").mkdir()
+    (checkpoints / ".step-00000004.77.old").mkdir()
     (checkpoints / "step-00000004").mkdir()
     (tmp_path / "run" / ".run.toml.77.tmp").write_text("half")
     (tmp_path / "run" / ".mine").write_text("not ours")
+    (tmp_path / "run" / ".mine.tmp").write_text("nor this")
     RunFolder(tmp_path / "run", resume=True).close()
     assert [p.name for p in checkpoints.iterdir()] == ["step-00000004"]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", ".mine", "checkpoints"]
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == [".lock", ".mine", ".mine.tmp", "checkpoints"]
+
+
+def test_what_was_about_to_be_replaced_is_put_back(tmp_path):
+    """Killed between the two renames of a file system that cannot exchange names."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / ".step-00000005.77.old").mkdir(parents=True)
+    (checkpoints / ".step-00000005.77.old" / "weights.safetensors").write_bytes(b"whole")
+    (checkpoints / ".step-00000005.77.tmp").mkdir()
+    RunFolder(tmp_path / "run", resume=True).close()
+    assert [p.name for p in checkpoints.iterdir()] == ["step-00000005"]
+    assert (checkpoints / "step-00000005" / "weights.safetensors").read_bytes() == b"whole"
 
 
 def test_rows_are_cut_back_to_the_checkpoint(tmp_path):
@@ -262,6 +275,39 @@ def test_rows_that_were_lost_are_an_error(tmp_path):
     (tmp_path / "rows").write_text('{"step": 1}\n')
     with pytest.raises(CheckpointError, match="rows were lost; put the whole file back"):
         Rows(tmp_path / "rows", 13)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [(b'{"step": 1}\n{"st\n', 2), (b'{"step": 1}\n{"step": 2}', 2), (b"\n", 1), (b"[1]\n", 1)],
+)
+def test_rows_that_are_damaged_are_named_and_left_alone(tmp_path, content, place):
+    path = tmp_path / "rows"
+    path.write_bytes(content + b'{"step": 3}\n')
+    with pytest.raises(CheckpointError, match=f"rows:{place}: .*put the whole file back"):
+        Rows(path, len(content))
+    assert path.read_bytes() == content + b'{"step": 3}\n'
+
+
+def test_the_best_begins_anew_where_the_last_was_kept(toy, tmp_path):
+    """And the last weights are given again when it is the other way round."""
+
+    class BestAtSix(toy.Largest):
+        def loss(self, batch, generator):
+            out = super().loss(batch, generator)
+            return out if self.training else out._replace(loss=(self.seen - 6.0).abs())
+
+    def run(steps: int, keep: str, resume: bool = True):
+        objective = toy.build(kind=BestAtSix)
+        config = toy.config(steps=steps, checkpoint_every=4, evaluations=steps // 3, keep=keep)
+        with closing(RunFolder(tmp_path / "run", resume)) as folder:
+            train(objective, toy.Rows(20), toy.Rows(9), config, folder)
+        return int(objective.seen)
+
+    assert run(9, "last", resume=False) == 9
+    assert run(18, "best") == 12  # worse than at 6, which nobody kept
+    assert run(21, "best") == 12
+    assert run(24, "last") == 24
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from selfsup.batch import Vocabulary
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import soft_loss
 from selfsup.models.attention_scores import attention_scores
 from selfsup.models.transformer import Config as Model
 from selfsup.models.transformer import TransformerEncoder
@@ -19,7 +20,6 @@ from selfsup.tuning.distillation import (
     attention_loss,
     hidden_loss,
     layers_followed,
-    soft_loss,
 )
 
 NAMES = ("a", "b", "c")

@@ -1,6 +1,7 @@
 """LoRA: the change worked out, what trains, merging, sets, other kinds, the small folder."""
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from selfsup.models.resnet import Config as ResNetConfig
 from selfsup.models.resnet import ResNetEncoder
 from selfsup.models.transformer import Config, TransformerEncoder
 from selfsup.randomness import torch_generator
-from selfsup.tasks import classification
+from selfsup.tasks import classification, exits, generation
 from selfsup.training.checkpoint import load_tensors
 from selfsup.tuning.choice import Tuning, tune
 from selfsup.tuning.lora import LoRA
@@ -204,3 +205,44 @@ def test_layers_inside_experts_are_left_out():
     tune(task, Tuning.of("lora", {"lora": {"targets": ["up"]}}))
     places = [place for place, _, _ in task.encoder.additions.every(OWN)]
     assert places == ["layers/0/feedforward/up"]
+
+
+def test_sets_for_some_rows_refuse_a_batch_whose_rows_change():
+    task = lora(lora(classifier(), "first"), "second")
+    additions = task.encoder.additions
+    some = (("second", torch.tensor([0])), ("first", torch.tensor([1])))
+    additions.switch(*some)
+    task.encoder(BATCH)
+    with pytest.raises(ConfigError, match="rows of a batch of 2, and 4 rows came: beam search and"):
+        task.encoder({"tokens": TOKENS.repeat(2, 1)})
+    additions.switch(*some)
+    assert len(task.encoder({"tokens": TOKENS.repeat(2, 1)}).last) == 4
+    additions.switch("first", "second")  # for all rows, of any batch
+    for times in (1, 2):
+        assert len(task.encoder({"tokens": TOKENS.repeat(times, 1)}).last) == 2 * times
+
+
+def test_beam_search_and_early_exits_refuse_sets_for_some_rows():
+    vocabulary = Vocabulary(size=20, pad=0, sep=1)
+    writer = generation.Generation(
+        generation.Config(max_target=4, num_beams=2),
+        TransformerEncoder(replace(MODEL, causal=True), vocabulary),
+    )
+    config = exits.Config(training="joint", rule="entropy")
+    leaver = classification.Classification(
+        classification.Config(exits=config), TransformerEncoder(MODEL, vocabulary), ("a", "b")
+    )
+    for task in (writer, leaver):
+        lora(task.eval(), targets=["all"])
+    with torch.no_grad():  # one of two examples leaves
+        nn.init.normal_(leaver.exits.heads[0][-1].weight)
+        answers = leaver.exits.every(leaver.encoder, leaver.encoder(BATCH), leaver.head)[0]
+        threshold = float(exits.entropy(answers).mean())
+    leaver.exits.config = replace(config, threshold=threshold)
+    for task in (writer, leaver):
+        whole = task.predict(BATCH).values
+        task.encoder.additions.switch((OWN, torch.arange(2)))
+        with pytest.raises(ConfigError, match="beam search and early exits change the rows"):
+            task.predict(BATCH)
+        task.encoder.additions.switch(OWN)
+        assert torch.equal(task.predict(BATCH).values, whole)

@@ -7,7 +7,6 @@ import pytest
 
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError, DataError
-from selfsup.tuning import self_training
 from selfsup.tuning.self_training import Config, self_train, taken
 
 LABELLED = Labelled("classification", ["-9", "9"], ["low", "high"], ("low", "high"), "few.csv")
@@ -31,14 +30,8 @@ class Nearest:
         return near - np.logaddexp.reduce(near, axis=1, keepdims=True)
 
 
-@pytest.fixture(autouse=True)
-def scored(monkeypatch):
-    """A toy has scores without rows or batches."""
-
-    def class_scores(task, preprocessor, labelled):
-        return task.scores(labelled.items)
-
-    monkeypatch.setattr(self_training, "class_scores", class_scores)
+def scores_of(task, labelled):
+    return task.scores(labelled.items)
 
 
 def run(**config):
@@ -49,7 +42,7 @@ def run(**config):
         seen.append(examples)
         return Nearest(examples)
 
-    task, rounds = self_train(train, None, LABELLED, ITEMS, Config(**config), TRUTH)
+    task, rounds = self_train(train, scores_of, LABELLED, ITEMS, Config(**config), TRUTH)
     return task, rounds, seen
 
 
@@ -101,8 +94,7 @@ def test_bad_input():
             Config(**values)
 
 
-def test_the_verb(corpus, masked_run, selfsup, tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_the_verb(corpus, masked_run, selfsup, tmp_path):
     lines = corpus.labelled.read_text().splitlines(True)
     (tmp_path / "few.csv").write_text("".join(lines[:25]))
     (tmp_path / "texts.txt").write_text("".join(corpus.text.read_text().splitlines(True)[:100]))

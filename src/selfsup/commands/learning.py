@@ -63,7 +63,8 @@ def add(parsers: Any) -> None:
     p.add_argument(
         "--data",
         required=True,
-        help="labelled file: csv, tsv, jsonl, conllu, SQuAD json; lines of text: SOURCES:TARGETS",
+        help="labelled file: csv, tsv, jsonl, conllu, SQuAD json; generation: lines of text as "
+        "SOURCES:TARGETS, or a mixture of tasks as .toml",
     )
     p.add_argument("--valid", help="labelled file that is followed while training")
     p.add_argument("--out", required=True, help="the run folder to make")
@@ -82,20 +83,21 @@ def add(parsers: Any) -> None:
 
 def pretrain(options: argparse.Namespace) -> None:
     """Learns from unlabeled data; prints the run folder."""
-    from selfsup import api, results
+    from selfsup import api, ranks, results
 
     run = api.pretrain(
         options.recipe, sources_of(options), options.out, settings_of(options), options.resume
     )
-    if options.record:
+    if options.record and ranks.first():
         results.record_pretraining(options.record, run)
-    print(run)
-    say_next(run)
+    if ranks.first():
+        print(run)
+        say_next(run)
 
 
 def finetune(options: argparse.Namespace) -> None:
     """Adapts a run to a task; prints the run folder."""
-    from selfsup import api
+    from selfsup import api, ranks
 
     run = api.finetune(
         options.model,
@@ -109,5 +111,8 @@ def finetune(options: argparse.Namespace) -> None:
         max_length=options.max_length,
         resume=options.resume,
     )
-    print(run)
-    console.say(f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'")
+    if ranks.first():
+        print(run)
+        console.say(
+            f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'"
+        )

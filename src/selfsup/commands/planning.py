@@ -42,6 +42,11 @@ def add(parsers: Any) -> None:
     p.add_argument("--checkpointing", action="store_true", help="compute activations again")
     p.add_argument("--utilisation", type=float, default=0.4, help="share of the peak (0.4)")
     p.add_argument("--tokens", type=float, help="tokens of the training (default: as published)")
+    p.add_argument(
+        "--optimizer",
+        choices=("adamw", "adafactor", "lamb", "lars"),
+        help="whose moments take memory (the recipe's, adamw)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON")
     set_option(p, "model.layers=24")
 
@@ -55,6 +60,8 @@ def plan(options: argparse.Namespace) -> None:
     asked = planning.subject(options.name, settings_of(options))
     if options.tokens:
         asked = replace(asked, tokens=options.tokens)
+    if options.optimizer:
+        asked = replace(asked, optimizer=options.optimizer)
     device = planning.hardware(options.hardware)
     device = replace(
         device,

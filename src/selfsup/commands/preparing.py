@@ -1,15 +1,19 @@
-"""The verbs `prep clean` and `prep contamination`: a corpus before it is learned.
+"""The verbs `prep clean`, `contamination`, `shard` and `tokens`: a corpus before it is learned.
 
 Nothing heavy is imported before one of them runs.
 """
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfsup import console
-from selfsup.commands.options import Parser, set_option, settings_of, verb
+from selfsup.commands.options import Parser, set_option, settings_of, sources_of, verb
 from selfsup.errors import ConfigError
+
+if TYPE_CHECKING:
+    from selfsup.workers import Workers
 
 
 def add(parsers: Any) -> None:
@@ -18,9 +22,11 @@ def add(parsers: Any) -> None:
         parsers,
         "prep",
         clean,  # each verb below sets its own
-        "clean a corpus, or look for a test set in it",
+        "clean a corpus, look for a test set in it, or make it ready in shards",
         "  selfsup prep clean --data crawl/ --out clean/\n"
-        "  selfsup prep contamination --data clean/documents --test test.csv --out found.json",
+        "  selfsup prep contamination --data clean/documents --test test.csv --out found.json\n"
+        "  selfsup prep shard --data huge.jsonl --out shards/\n"
+        "  selfsup prep tokens bert-base --data shards/ --jobs 8",
     )
     preparing = p.add_subparsers(dest="what", metavar="WHAT", required=True, parser_class=Parser)
     p = verb(
@@ -60,6 +66,52 @@ def add(parsers: Any) -> None:
     p.add_argument("--test-text", metavar="COLUMN", help="the same of the test set, if another")
     p.add_argument("--n", type=int, default=13, help="words of an n-gram (13)")
     p.add_argument("--drop", metavar="OUT.jsonl", help="write the items that are not contaminated")
+    p = verb(
+        preparing,
+        "shard",
+        shard,
+        "write a corpus again as .jsonl.zst files of alike size",
+        "  selfsup prep shard --data huge.jsonl --out shards/\n"
+        "  selfsup prep shard --data 's3://bucket/crawl/*.jsonl.gz' --out shards/ --jobs 8\n"
+        "  selfsup prep shard --data crawl/ --out /shared/shards --engine ray",
+    )
+    p.add_argument("--data", required=True, nargs="+", help="files, folders, globs, or addresses")
+    p.add_argument("--out", required=True, help="the folder; what is there of it already is kept")
+    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument(
+        "--split",
+        default="file",
+        choices=["file", "line", "blank_line"],
+        help="what a document is in .txt files (file)",
+    )
+    p.add_argument("--megabytes", type=int, default=512, help="of a file, not packed (512)")
+    _workers_options(p)
+    p = verb(
+        preparing,
+        "tokens",
+        tokens,
+        "tokenize a corpus for a recipe, as pretrain would, but spread and ahead of it",
+        "  selfsup prep tokens bert-base --data shards/ --jobs 8\n"
+        "  selfsup prep tokens gpt-small --data 's3://bucket/corpus/*.jsonl.zst' --engine ray\n"
+        "  selfsup prep tokens bert-base --data shards/ --check",
+    )
+    p.add_argument("recipe", help="a recipe (selfsup list recipes) or a TOML file")
+    p.add_argument("--data", required=True, nargs="+", help="the corpus, as for pretrain")
+    p.add_argument("--check", action="store_true", help="read all that is there: is it unchanged?")
+    set_option(p, "data.row_length=512, as for pretrain")
+    _workers_options(p)
+
+
+def _workers_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--jobs", type=int, default=0, help="processes side by side (0: one for each core)"
+    )
+    parser.add_argument(
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="this machine, or a Ray cluster that shares its files (local)",
+    )
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -127,3 +179,46 @@ def contamination(options: argparse.Namespace) -> None:
         print(f"of those shorter than {found['n']} words\t{counts}")
     for worst in found["worst"]:
         print(f"{worst['share']:.2f}\t{worst['words']} words\t{worst['origin']}\t{worst['text']}")
+
+
+def shard(options: argparse.Namespace) -> None:
+    """Writes a corpus in shards; prints how much it is."""
+    from selfsup.data.shard_files import write_shards
+
+    found = write_shards(
+        options.data,
+        Path(options.out),
+        text_column=options.text,
+        split=options.split,
+        megabytes=options.megabytes,
+        workers=_workers(options),
+    )
+    for key, value in found.items():
+        print(f"{key}\t{value:,}")
+    console.say(f"next: selfsup prep tokens RECIPE --data {options.out}")
+
+
+def tokens(options: argparse.Namespace) -> None:
+    """Tokenizes a corpus into the cache, where pretrain finds it; prints how much it is."""
+    from selfsup import config as configuration
+
+    values = configuration.recipe_values(options.recipe)
+    config = configuration.run_config(configuration.overridden(values, settings_of(options)))
+    if config.data_name != "text":
+        raise ConfigError(f"{options.recipe} learns from {config.data_name}; tokens are of text")
+    from selfsup.data import text
+
+    prepared = text.prepare(
+        config.data, sources_of(options), workers=_workers(options), check=options.check
+    )
+    for key in ("documents", "duplicates", "files", "shards", "train_rows", "valid_rows"):
+        print(f"{key}\t{prepared.facts.get(key, 1):,}")
+    print(f"tokens\t{sum(prepared.facts[side]['tokens'] for side in ('train', 'valid')):,}")
+    data = " ".join(options.data)
+    console.say(f"next: selfsup pretrain {options.recipe} --data {data} --out RUN")
+
+
+def _workers(options: argparse.Namespace) -> "Workers":
+    from selfsup.workers import Workers
+
+    return Workers(options.jobs or len(os.sched_getaffinity(0)), options.engine)

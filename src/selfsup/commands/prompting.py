@@ -1,4 +1,4 @@
-"""The verb `prompt`: in-context learning with a causal language model.
+"""The verb `prompt`: in-context learning with a model that writes.
 
 Nothing heavy is imported before it runs.
 """
@@ -16,13 +16,14 @@ def add(parsers: Any) -> None:
         parsers,
         "prompt",
         prompt,
-        "let a causal language model label items after a few examples in its prompt",
+        "let a model that writes label items after a few examples in its prompt, or none",
         "  selfsup prompt runs/gpt 'a wonderful film' --template sentiment\n"
         "  selfsup prompt runs/gpt --template sentiment --data train.csv --test test.csv \\\n"
         "      --shots 0 1 4 16 --seeds 0 1 2 --calibrate\n"
-        "  selfsup prompt runs/gpt 'Two men sleep. | The men are awake.' --template nli",
+        "  selfsup prompt runs/gpt 'Two men sleep. | The men are awake.' --template nli\n"
+        "  selfsup prompt runs/many-tasks --template nli --test rte.tsv   (no demonstrations)",
     )
-    p.add_argument("model", help="a causal_language run")
+    p.add_argument("model", help="a causal_language, encoder-decoder or generation run")
     p.add_argument("items", nargs="*", help="texts, or 'one | other' for a template of pairs")
     p.add_argument("--template", required=True, help="a name (selfsup list templates) or a file")
     p.add_argument("--data", help="labelled file that demonstrations are drawn from")

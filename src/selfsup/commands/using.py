@@ -1,4 +1,4 @@
-"""The verbs that use a run: `embed`, `fill`, `generate`, `predict`.
+"""The verbs that use a run: `fill`, `generate`, `predict`.
 
 Nothing heavy is imported before one of them runs.
 """
@@ -13,22 +13,6 @@ from selfsup.errors import ConfigError
 
 def add(parsers: Any) -> None:
     """Adds these verbs to the command line."""
-    p = verb(
-        parsers,
-        "embed",
-        embed,
-        "turn texts, pictures, sounds or rows into vectors",
-        "  selfsup embed runs/mine --data lines.txt --out vectors.npy\n"
-        "  selfsup embed runs/photos --data new/ --out vectors.npy",
-    )
-    p.add_argument("model", help="a run folder")
-    p.add_argument(
-        "--data", required=True, nargs="+", help="files of the kind that the run was trained on"
-    )
-    p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")
-    p.add_argument("--out", required=True, help="a .npy file: (items, dim) float32")
-    p.add_argument("--batch-size", type=int, default=64, help="items per forward pass (64)")
-
     p = verb(
         parsers,
         "fill",
@@ -71,25 +55,6 @@ def add(parsers: Any) -> None:
     p.add_argument("--text", metavar="COLUMN", help="column of csv, jsonl, parquet (text, image)")
     p.add_argument("--text-b", metavar="COLUMN", help="the second text, for a model of pairs")
     set_option(p, "task.exits.rule=patience task.exits.patience=2 task.num_beams=4")
-
-
-def embed(options: argparse.Namespace) -> None:
-    """Writes one vector per item."""
-    import io
-
-    import numpy as np
-
-    from selfsup import api
-    from selfsup.files import write_bytes
-
-    model = api.load(options.model)
-    items = [item for _, item in _items(options, model)]
-    vectors = model.embed(items, options.batch_size)
-    buffer = io.BytesIO()
-    np.save(buffer, vectors, allow_pickle=False)
-    path = Path(options.out)
-    write_bytes(path, buffer.getvalue())
-    print(f"{path}\t{vectors.shape[0]} x {vectors.shape[1]} float32")
 
 
 def fill(options: argparse.Namespace) -> None:
@@ -155,7 +120,8 @@ def _items(options: argparse.Namespace, model: Any) -> list[tuple[str, Any]]:
     from selfsup import registry
 
     data_module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
-    return list(data_module.read_items(sources_of(options), options.text, model.preprocessor))
+    found = data_module.read_items(sources_of(options), options.text, model.preprocessor)
+    return [(item if isinstance(item, str) else name, item) for name, item in found]
 
 
 def _pairs(options: argparse.Namespace) -> list[tuple[str, str]]:

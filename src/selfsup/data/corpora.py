@@ -28,7 +28,8 @@ from jaxtyping import Float, Int
 from selfsup.batch import Batch, Vocabulary
 from selfsup.data.dataset import Dataset
 from selfsup.data.reading import Document
-from selfsup.data.sources import HubDataset, Item, Place, Source
+from selfsup.data.sharded import JoinedStream
+from selfsup.data.sources import Item, Place, Source, size_of
 from selfsup.data.store import Store, num_words
 from selfsup.errors import DataError
 
@@ -100,9 +101,8 @@ def sample(items: Sequence[Place], num_chars: int, read: Read) -> Iterator[str]:
 
     Reading only the first files would leave out a language that comes later in the alphabet.
     """
-    sizes = [0 if isinstance(item, HubDataset) else item.stat().st_size for item in items]
-    if not all(sizes):
-        sizes = [1] * len(items)
+    known = [size_of(item) or 0 for item in items]
+    sizes = known if all(known) else [1] * len(items)
     for item, size in zip(items, sizes, strict=True):
         left = max(1, round(num_chars * size / sum(sizes)))
         for document in read(item):
@@ -262,7 +262,7 @@ def joined_facts(
 
 
 def mixed_entropy(
-    streams: Sequence[np.ndarray], share: np.ndarray, vocabulary: Vocabulary
+    streams: Sequence[np.ndarray | JoinedStream], share: np.ndarray, vocabulary: Vocabulary
 ) -> float:
     """Nats per token of the mixture for a model that knows only how often each token occurs."""
     mixed = np.zeros(vocabulary.size)

@@ -24,22 +24,24 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from selfsup.errors import DataError, nearest
+from selfsup.data.remote import RemoteFile, unreadable
+from selfsup.errors import DataError, SelfsupError, nearest
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 KNOWN = f"{' '.join(FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
 CHUNK = 1 << 16  # characters read at once
+File = Path | RemoteFile
 Split = Literal["file", "line", "blank_line"]
 Take = Callable[[Any, str, str], Any]  # of (record, column, "file:place"): `text_of`, `record_of`
 
 
-def format_of(path: Path) -> tuple[str, str]:
+def format_of(path: File) -> tuple[str, str]:
     """(format, compression) by the extensions, "" where there is none."""
     name = path.name.lower()
     compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
@@ -47,7 +49,7 @@ def format_of(path: Path) -> tuple[str, str]:
     return next((f for f in FORMATS if name.endswith(f)), ""), compression
 
 
-def fragments(path: Path, column: str, split: Split) -> Iterator[tuple[int, str]]:
+def fragments(path: File, column: str, split: Split) -> Iterator[tuple[int, str]]:
     """Pieces of the documents of one file: neighbours with the same place are one document.
 
     Args:
@@ -66,7 +68,7 @@ def fragments(path: Path, column: str, split: Split) -> Iterator[tuple[int, str]
     return _taken(path, column, text_of)
 
 
-def records(path: Path, column: str, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(path: File, column: str, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
     """The documents of one file with all their columns, each whole in memory.
 
     Args:
@@ -87,7 +89,7 @@ def records(path: Path, column: str, split: Split) -> Iterator[tuple[int, dict[s
         yield from _taken(path, column, record_of)
 
 
-def _taken(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
+def _taken(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     kind = format_of(path)[0]
     if kind == ".jsonl":
         return _jsonl(path, column, take)
@@ -98,7 +100,7 @@ def _taken(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     return _csv(path, column, "\t" if kind == ".tsv" else ",", take)
 
 
-def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
+def _txt(path: File, split: Split) -> Iterator[tuple[int, str]]:
     with decoded_text(path) as stream:
         if split == "file":
             yield 0, ""  # an empty file is an empty document
@@ -121,7 +123,7 @@ def _txt(path: Path, split: Split) -> Iterator[tuple[int, str]]:
             line += line_begins
 
 
-def _jsonl(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
+def _jsonl(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     with decoded_text(path) as stream:
         for line, text in enumerate(stream, start=1):
             if text.isspace():
@@ -136,7 +138,7 @@ def _jsonl(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
             yield line, take(record, column, f"{path}:{line}")
 
 
-def _json(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
+def _json(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     """A list, or objects one after another, decoded element by element."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
     with decoded_text(path) as stream:
@@ -165,7 +167,7 @@ def _json(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
             at = end
 
 
-def _csv(path: Path, column: str, delimiter: str, take: Take) -> Iterator[tuple[int, Any]]:
+def _csv(path: File, column: str, delimiter: str, take: Take) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
     with decoded_text(path, newline="") as stream:
         # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
@@ -199,7 +201,7 @@ def _csv(path: Path, column: str, delimiter: str, take: Take) -> Iterator[tuple[
             ) from error
 
 
-def _parquet(path: Path, column: str, take: Take) -> Iterator[tuple[int, Any]]:
+def _parquet(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -246,21 +248,27 @@ def record_of(record: Any, column: str, where: str) -> dict[str, Any]:
     return {**fields, column: text_of(record, column, where)}
 
 
-def _binary(path: Path) -> IO[bytes]:
+@contextmanager
+def _binary(path: File) -> Iterator[IO[bytes]]:
+    """The unpacked bytes of a file, streamed."""
     compression = format_of(path)[1]
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if compression == ".xz":
-        return lzma.open(path, "rb")
-    if compression == ".zst":
-        import pyarrow as arrow  # it notices a truncated stream; zstandard's own reader does not
+    with ExitStack() as stack:
+        if compression == ".zst":
+            import pyarrow as arrow  # it notices a truncated stream; zstandard's own does not
 
-        return arrow.input_stream(str(path), compression="zstd")
-    return open(path, "rb")
+            packed = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
+            yield stack.enter_context(arrow.input_stream(packed, compression="zstd"))
+            return
+        stream = stack.enter_context(path.open("rb"))
+        if compression == ".gz":
+            stream = cast(IO[bytes], stack.enter_context(gzip.open(stream, "rb")))
+        elif compression == ".xz":
+            stream = stack.enter_context(lzma.open(stream, "rb"))
+        yield stream
 
 
 @contextmanager
-def decoded_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
+def decoded_text(path: File, newline: str | None = None) -> Iterator[IO[str]]:
     """The file as UTF-8 text, a byte order mark left out."""
     with (
         _clear(path),
@@ -271,7 +279,7 @@ def decoded_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _clear(path: Path) -> Iterator[None]:
+def _clear(path: File) -> Iterator[None]:
     """Turns what can go wrong inside a file into a `DataError` that names it."""
     try:
         yield
@@ -285,9 +293,13 @@ def _clear(path: Path) -> Iterator[None]:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "; the file is damaged or cut off, get it again" if format_of(path)[1] else ""
         raise DataError(f"{path}: cannot be read ({reason}){hint}") from error
+    except Exception as error:  # the packages that read addresses raise their own
+        if isinstance(error, SelfsupError) or not isinstance(path, RemoteFile):
+            raise
+        raise unreadable(path.address, error) from error
 
 
-def _first_bad_byte(path: Path) -> tuple[int, int]:
+def _first_bad_byte(path: File) -> tuple[int, int]:
     """(offset, value) of the byte at which the unpacked file stops being UTF-8."""
     done, held, more = 0, b"", b"more"
     with _binary(path) as stream:
@@ -306,6 +318,6 @@ def _first_bad_byte(path: Path) -> tuple[int, int]:
     raise DataError(f"{path}: was changed while it was read; run it again")
 
 
-def _likely_encoding(path: Path) -> str:
+def _likely_encoding(path: File) -> str:
     with _binary(path) as stream:
         return "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"

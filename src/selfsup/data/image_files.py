@@ -89,7 +89,7 @@ def find(source: Source, least_classes: int = 2) -> list[Found]:
     for item in listed(source, WANTED):
         places = sources.find(item, WANTED)
         labels: dict[Path | HubDataset, str] = {}
-        if not isinstance(item, HubDataset) and Path(item).expanduser().is_dir():
+        if isinstance(item, str | Path) and Path(item).expanduser().is_dir():
             labels = _labels(places, least_classes)
         for place in places:
             found.setdefault(place, Found(place, labels.get(place)))

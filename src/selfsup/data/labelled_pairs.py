@@ -5,11 +5,12 @@
 | .csv .tsv .jsonl .parquet        | a table with a column of sources and one of targets          |
 | SOURCES:TARGETS                  | two files of plain text whose lines belong together          |
 | FILE,FILE                        | several of these, one after the other                        |
+| .toml                            | a mixture of labelled files, through prompts: `mixtures`     |
 
-Each may end in .gz, .xz or .zst, except .parquet. In a table with a column `prefix` ("summarise:")
-its words stand before the source, so that one model learns several tasks (T5, Raffel et al. 2019,
-arXiv 1910.10683). Where a target is a list of texts all of them are right, and the first is
-learned.
+Each may end in .gz, .xz or .zst, except .parquet and .toml. In a table with a column `prefix`
+("summarise:") its words stand before the source, so that one model learns several tasks (T5, Raffel
+et al. 2019, arXiv 1910.10683). Where a target is a list of texts all of them are right, and the
+first is learned.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 
 from selfsup.batch import Batch
+from selfsup.data import mixtures
 from selfsup.data.dataset import LabelledDataset, pad_mask, pad_rows
 from selfsup.data.label_files import Record, find_column, has_usual, suffix_of, table, whole_text
-from selfsup.data.labels import Labelled
+from selfsup.data.labels import Labelled, Part
 from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import ConfigError, DataError
 
@@ -64,6 +66,10 @@ def read(
         raise ConfigError(f"pairs of source and target are for {TASK}, not for {task}")
     if text_b is not None:
         raise ConfigError(f"{TASK} reads one source: give text and label, and leave text_b out")
+    if Path(path).suffix == ".toml":
+        if text is not None or label is not None:
+            raise ConfigError(f"{path}: a mixture names the columns of its files: put them there")
+        return mixtures.read(Path(path), task)
     pairs: list[tuple[str, Target]] = []
     parts = [str(path)] if Path(path).exists() else str(path).split(",")
     for part in parts:
@@ -132,6 +138,32 @@ def _targets(record: Record, column: str) -> Target:
     return [_text(Record(record.where, {column: one}), column) for one in value]
 
 
+def source_row(
+    tokenizer: Tokenizer, ids: np.ndarray, max_length: int | None = None, kept: int = 0
+) -> np.ndarray:
+    """A source as it is read, which ends in the separator.
+
+    Args:
+        tokenizer: of the model.
+        ids: the source's tokens.
+        max_length: its most tokens, special ones included; None: all stay.
+        kept: so many of the last tokens stay in a source that is too long.
+    """
+    tokens, _ = tokenizer.row(ids)
+    end = tokenizer.vocabulary.sep
+    row = tokens if len(tokens) and tokens[-1] == end else np.append(tokens, end)
+    if max_length is None or len(row) <= max_length:
+        return row
+    room = max_length - len(row) + len(ids)
+    kept = min(kept, room)
+    return source_row(tokenizer, np.concatenate([ids[: room - kept], ids[len(ids) - kept :]]))
+
+
+def question_length(tokenizer: Tokenizer, part: Part) -> int:
+    """How many tokens a question takes at the end of a source."""
+    return len(tokenizer.encode([part.question], parse_special=False)[0])
+
+
 @final
 class LabelledPairs(LabelledDataset):
     """Sources and targets as batches; everything is tokenised once, here.
@@ -142,7 +174,8 @@ class LabelledPairs(LabelledDataset):
     Args:
         labelled: texts, each with its target, several right ones, or None where it is not known.
         tokenizer: turns them into ids.
-        max_length: longest source in tokens, special ones included; a longer one loses its end.
+        max_length: longest source in tokens, special ones included; a longer one loses its end, or
+            what stands before its question.
         max_target: likewise of targets.
         prefix: stands before each source as it is.
 
@@ -169,12 +202,13 @@ class LabelledPairs(LabelledDataset):
         self.task, self.labels, self.labelled = labelled.task, np.empty(0), labelled
         self.tokenizer, self.end = tokenizer, tokenizer.vocabulary.sep
         texts = tokenizer.encode([prefix + text for text in labelled.items], parse_special=False)
-        long = np.zeros(len(labelled), dtype=bool)
-        self.sources: list[np.ndarray] = []
-        for number, ids in enumerate(texts):
-            row = self._source(ids)
-            long[number] = len(row) > max_length
-            self.sources.append(self._source(ids[: max_length - len(row) + len(ids)]))
+        questions = {part: question_length(tokenizer, part) for part in set(labelled.parts)}
+        kept = [questions[part] for part in labelled.parts] or [0] * len(texts)
+        self.sources = [
+            source_row(tokenizer, ids, max_length, num_kept)
+            for ids, num_kept in zip(texts, kept, strict=True)
+        ]
+        long = np.array([len(source_row(tokenizer, ids)) > max_length for ids in texts])
         self.targets: list[np.ndarray] = []
         self.fields: tuple[str, ...] = ("tokens", "mask", "index")
         if labelled.labels[0] is not None:
@@ -187,10 +221,6 @@ class LabelledPairs(LabelledDataset):
         self.lengths = np.array([len(row) for row in self.sources])
         if self.targets:
             self.lengths += [len(row) for row in self.targets]
-
-    def _source(self, ids: np.ndarray) -> np.ndarray:
-        tokens, _ = self.tokenizer.row(ids)
-        return tokens if len(tokens) and tokens[-1] == self.end else np.append(tokens, self.end)
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -11,13 +11,27 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from selfsup import console
 from selfsup.errors import ConfigError, DataError, nearest
 from selfsup.randomness import derive, numpy_generator
+
+
+class Part(NamedTuple):
+    """Where an example of a mixture comes from.
+
+    Attributes:
+        name: of its task in the mixture.
+        choices: the texts of which its target is one.
+        question: what its source ends with, which stays where a long source is cut.
+    """
+
+    name: str
+    choices: tuple[str, ...]
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class Labelled:
         source: the file, for messages.
         groups: for each example a name that must not be on both sides of a split (a speaker, say);
             empty where there is none.
+        parts: of a mixture of tasks (`data.mixtures`) where each example comes from; else empty.
     """
 
     task: str
@@ -47,6 +62,7 @@ class Labelled:
     names: tuple[str, ...]
     source: str
     groups: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -56,7 +72,8 @@ class Labelled:
         numbers = list(numbers)
         items, labels = [self.items[i] for i in numbers], [self.labels[i] for i in numbers]
         groups = tuple(self.groups[i] for i in numbers) if self.groups else ()
-        return replace(self, items=items, labels=labels, groups=groups)
+        parts = tuple(self.parts[i] for i in numbers) if self.parts else ()
+        return replace(self, items=items, labels=labels, groups=groups, parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)

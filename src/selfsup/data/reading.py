@@ -1,4 +1,4 @@
-"""Documents out of files, folders, globs and Hugging Face datasets, streamed with flat memory.
+"""Documents out of files, folders, globs, addresses and Hub datasets, streamed with flat memory.
 
 What a document is in which format stands in `formats.py`; a dataset gives a document per row.
 """
@@ -18,7 +18,7 @@ from selfsup.data.formats import (
     records,
     text_of,
 )
-from selfsup.data.sources import HubDataset, Place, Source, Wanted, find, opened
+from selfsup.data.sources import HubDataset, Place, Source, Wanted, find_anywhere, opened
 
 PART_CHARS = 100_000  # a longer document comes in parts, so that memory stays flat
 WANTED = Wanted(what="file to read", known=KNOWN, reads=lambda path: bool(format_of(path)[0]))
@@ -52,7 +52,7 @@ def documents(
     """Every document of a source, in the order of the sorted file names.
 
     Args:
-        source: a file, a folder (searched through), a glob, a dataset name, or a list of those.
+        source: a file, a folder (searched through), a glob, an address, a dataset name, or a list.
         text_column: where the text is, in formats that have columns.
         split: what a document is in .txt files.
         part_chars: documents longer than that come in parts, cut at white space.
@@ -98,7 +98,7 @@ def resolve(source: Source) -> list[Place]:
     Raises:
         DataError: nothing is found, or a file has an unknown extension.
     """
-    return list(find(source, WANTED))
+    return list(find_anywhere(source, WANTED))
 
 
 def _parts(pieces: Iterable[str], limit: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ import torch
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.data.dataset import Dataset, pad_mask, pad_rows
+from selfsup.data.sharded import JoinedStream
 from selfsup.randomness import derive
 
 MIN_PAIR_TOKENS = 8  # a document with fewer gives no pair
@@ -33,13 +34,14 @@ class PackedRows(Dataset):
 
     def __init__(
         self,
-        stream: np.ndarray,
+        stream: np.ndarray | JoinedStream,
         vocabulary: Vocabulary,
         row_length: int,
         bert: bool,
         across_documents: bool = False,
     ):
-        self.stream, self.vocabulary, self.bert = stream, vocabulary, bert
+        self.stream = np.asarray(stream) if isinstance(stream, np.ndarray) else stream
+        self.vocabulary, self.bert = vocabulary, bert
         self.across_documents = across_documents
         self.window = row_length - 2 if bert else row_length
         self.fields: tuple[str, ...] = ("tokens", "index")
@@ -56,7 +58,11 @@ class PackedRows(Dataset):
         """
         numbers = np.asarray(numbers, dtype=np.int64)
         starts = np.minimum(numbers * self.window, len(self.stream) - self.window)
-        tokens = self.stream[starts[:, None] + np.arange(self.window)].astype(np.int64)
+        if isinstance(self.stream, JoinedStream):
+            tokens = np.stack([self.stream[s : s + self.window] for s in starts.tolist()])
+        else:
+            tokens = self.stream[starts[:, None] + np.arange(self.window)]
+        tokens = tokens.astype(np.int64)
         if self.bert:
             ends = (self.vocabulary.cls, self.vocabulary.sep)
             tokens = np.pad(tokens, ((0, 0), (1, 1)))
@@ -92,7 +98,7 @@ class PairRows(Dataset):
     fields: tuple[str, ...] = ("tokens", "segments", "mask", "index")
     lengths: np.ndarray  # tokens of both spans
 
-    def __init__(self, stream: np.ndarray, vocabulary: Vocabulary, row_length: int):
+    def __init__(self, stream: np.ndarray | JoinedStream, vocabulary: Vocabulary, row_length: int):
         self.stream, self.vocabulary = stream, vocabulary
         self.span = (row_length - 3) // 2
         ends = _positions(stream, vocabulary.sep)
@@ -137,7 +143,7 @@ class PairRows(Dataset):
         return tokens, segments
 
 
-def _positions(stream: np.ndarray, id: int) -> np.ndarray:
+def _positions(stream: np.ndarray | JoinedStream, id: int) -> np.ndarray:
     """Where `id` stands in a stream that may be larger than the memory."""
     step = 1 << 22
     found = [

@@ -5,6 +5,7 @@
 | a file                      | itself                                                           |
 | a folder                    | every file below it that the kind reads, but no hidden ones      |
 | a glob, say "in/**/*.txt"   | every file that matches and that the kind reads                  |
+| s3://bucket/in/*.jsonl.zst  | text at an address that fsspec reads: a file, folder or pattern  |
 | hf:owner/name:config:split  | a dataset of the Hugging Face Hub; config and split may be empty |
 | owner/name                  | the same, where no such path exists                              |
 | a list                      | all of these, in its order, each file once                       |
@@ -13,15 +14,18 @@ What a kind of data reads stands in its `Wanted` (`reading.py`, `image_files.py`
 """
 
 import glob
+import hashlib
 import itertools
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from selfsup import console
+from selfsup.data.remote import HERE, RemoteFile, is_address, listing
 from selfsup.errors import DataError, nearest
 
 HUB_PREFIX = "hf:"
@@ -41,9 +45,9 @@ class HubDataset:
         return ":".join([f"{HUB_PREFIX}{self.name}", self.config or "", self.split])
 
 
-Item = str | Path | HubDataset
+Item = str | Path | HubDataset | RemoteFile
 Source = Item | Sequence[Item]
-Place = Path | HubDataset
+Place = Path | HubDataset | RemoteFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,8 @@ class Wanted:
 
     what: str
     known: str
-    reads: Callable[[Path], bool]
-    beside: Callable[[Path], bool] = lambda path: False
+    reads: Callable[[Any], bool]
+    beside: Callable[[Any], bool] = lambda path: False
     refusal: str = ": unknown extension; known:"
     hub: bool = True
 
@@ -79,7 +83,21 @@ def listed(source: Source, wanted: Wanted) -> list[Item]:
     return items
 
 
-def find(source: Source, wanted: Wanted) -> dict[Place, str]:
+def find(source: Source, wanted: Wanted) -> dict[Path | HubDataset, str]:
+    """`find_anywhere` for kinds of data that are not read from addresses.
+
+    Raises:
+        DataError: as there; or a source is an address.
+    """
+    found: dict[Path | HubDataset, str] = {}
+    for place, relative in find_anywhere(source, wanted).items():
+        if isinstance(place, RemoteFile):
+            raise DataError(f"{place}: only text is read from addresses; copy the files here first")
+        found[place] = relative
+    return found
+
+
+def find_anywhere(source: Source, wanted: Wanted) -> dict[Place, str]:
     """The files and datasets that a source names, each once; a warning names what is passed over.
 
     Returns:
@@ -96,7 +114,9 @@ def find(source: Source, wanted: Wanted) -> dict[Place, str]:
     return found
 
 
-def class_folders(found: dict[Place, str], least: int = 2) -> dict[Place, str]:
+def class_folders(
+    found: dict[Path | HubDataset, str], least: int = 2
+) -> dict[Path | HubDataset, str]:
     """The first-level folder of each file, its class; {} where a file lies in none.
 
     Args:
@@ -110,14 +130,42 @@ def class_folders(found: dict[Place, str], least: int = 2) -> dict[Place, str]:
     return folders if len(set(folders.values())) >= least else {}
 
 
+def size_of(place: Place) -> int | None:
+    """Bytes of a file as it lies, packed or not; None where nobody says."""
+    if isinstance(place, HubDataset):
+        return None
+    return place.size if isinstance(place, RemoteFile) else place.stat().st_size
+
+
+def source_fingerprint(places: Iterable[Place], key: dict[str, Any]) -> str:
+    """32 hexadecimal digits for these files (names, sizes, times or versions) and settings."""
+    described: list[Any] = []
+    for place in places:
+        if isinstance(place, HubDataset):
+            described.append(str(place))
+        elif isinstance(place, RemoteFile):
+            described.append([place.address, place.size, place.version])
+        else:
+            state = place.stat()
+            described.append([str(place.resolve()), state.st_size, state.st_mtime_ns])
+    return hashlib.sha256(json.dumps([described, key]).encode()).hexdigest()[:32]
+
+
 def _find_one(item: Item, wanted: Wanted) -> list[tuple[Place, str]]:
+    if isinstance(item, RemoteFile):
+        return [(item, item.name)]
+    if isinstance(item, str) and item.startswith(HERE):
+        item = item.removeprefix(HERE)
+    if is_address(item):
+        return _at_address(str(item), wanted)
     if isinstance(item, HubDataset) or str(item).startswith(HUB_PREFIX):
         return [(_hub_dataset(item, wanted), "")]
     text, path = str(item), Path(item).expanduser()
     if path.is_dir():
         inside = [p for p in sorted(path.rglob("*")) if p.is_file()]
-        visible = [p for p in inside if not _is_hidden(p.relative_to(path))]
-        return _readable(visible, path, f"the folder {path}", wanted)
+        visible = [(p, p.relative_to(path).as_posix()) for p in inside]
+        visible = [(p, relative) for p, relative in visible if not _is_hidden(relative)]
+        return _readable(visible, f"the folder {path}", wanted)
     if path.exists():
         if not wanted.reads(path):
             raise DataError(f"{path}{wanted.refusal} {wanted.known}")
@@ -125,8 +173,9 @@ def _find_one(item: Item, wanted: Wanted) -> list[tuple[Place, str]]:
     if glob.has_magic(text):
         fixed = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [match for match in matches if match.is_file()]
-        return _readable(files, Path(*fixed), f"the pattern {text}", wanted)
+        root = Path(*fixed)
+        files = [(m, m.relative_to(root).as_posix()) for m in matches if m.is_file()]
+        return _readable(files, f"the pattern {text}", wanted)
     inside_folder = path.parent.name and path.parent.is_dir()  # rather a path with a slip
     if wanted.hub and HUB_NAME.fullmatch(text) and not wanted.reads(path) and not inside_folder:
         return [(_hub_dataset(text, wanted), "")]
@@ -135,20 +184,30 @@ def _find_one(item: Item, wanted: Wanted) -> list[tuple[Place, str]]:
     raise DataError(f"no file or folder {path}{hint}")
 
 
-def _readable(paths: list[Path], root: Path, what: str, wanted: Wanted) -> list[tuple[Place, str]]:
-    known = [path for path in paths if wanted.reads(path)]
-    other = [p.name for p in paths if not wanted.reads(p) and not wanted.beside(p)]
+def _at_address(address: str, wanted: Wanted) -> list[tuple[Place, str]]:
+    found, is_file = listing(address)
+    if is_file and not wanted.reads(found[0][0]):
+        raise DataError(f"{address}{wanted.refusal} {wanted.known}")
+    visible = [(file, relative) for file, relative in found if not _is_hidden(relative)]
+    return _readable(visible, f"the address {address}", wanted)
+
+
+def _readable(
+    found: Sequence[tuple[Path | RemoteFile, str]], what: str, wanted: Wanted
+) -> list[tuple[Place, str]]:
+    known: list[tuple[Place, str]] = [pair for pair in found if wanted.reads(pair[0])]
+    other = [f.name for f, _ in found if not wanted.reads(f) and not wanted.beside(f)]
     names = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
     if not known:
         others = f"; it gives {len(other)} other files: {names}" if other else ""
         raise DataError(f"{what} gives no {wanted.what}; looked for {wanted.known}{others}")
     if other:
         console.warn(f"{what}: {len(other)} files are not read (unknown extension): {names}")
-    return [(path, path.relative_to(root).as_posix()) for path in known]
+    return known
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_hidden(relative: str) -> bool:
+    return any(part.startswith(".") for part in relative.split("/"))
 
 
 # The Hugging Face Hub

@@ -4,47 +4,54 @@
                            valid.bin   the held-out ones
                            meta.json   counts, and what is needed to notice damage
 
-Between two documents stand [SEP] [CLS] (style bert) or the end token (style gpt); nothing stands
-at the two ends of a stream. The fingerprint covers the files (names, sizes, times), how they are
-read and the tokenizer, so a changed corpus gets a new folder. Which side a document falls on is
-decided by a hash of its text: equal texts fall on one side, and adding files moves none.
+A corpus of several times `sharded.SHARD_BYTES` lies in shards (`sharded.py`) instead, in the same
+order, and shards.json names them. The fingerprint covers the files (names, sizes, times), how they
+are read and the tokenizer, so a changed corpus gets a new folder. Which side a document falls on is
+decided by a hash of its text (`token_streams.py`): equal texts fall on one side, and adding files
+moves none.
 """
 
-import hashlib
 import json
 import os
-import re
-from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from selfsup import console, files
-from selfsup.data.formats import COMPRESSIONS, Split
+from selfsup.data import sharded
+from selfsup.data.formats import COMPRESSIONS
 from selfsup.data.reading import PART_CHARS, Document, documents, resolve
-from selfsup.data.sources import HubDataset, Source
-from selfsup.data.tokenizer import CJK, Tokenizer
+from selfsup.data.sharded import JoinedStream
+from selfsup.data.sources import Place, Source, size_of, source_fingerprint
+from selfsup.data.token_streams import (
+    StoreConfig,
+    digest_of,
+    id_type,
+    num_words,
+    separator_of,
+    unigram_facts,
+    write_streams,
+)
+from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import DataError
+from selfsup.workers import Workers
 
 VERSION = 1
 FEW_DOCUMENTS = 20  # with fewer, the sides are split by parts of documents
 MIN_PART_CHARS = 64
-BATCH_CHARS, BATCH_TEXTS = 1_000_000, 4096  # one call of the tokenizer
-CJK_SPAN = re.compile(f"[{CJK}]")
-CJK_WORD = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+SHARDS = "shards.json"
 
-
-@dataclass(frozen=True, kw_only=True)
-class StoreConfig:
-    """How a corpus is read and split; the keys of `data.text.Config` with the same names."""
-
-    text_column: str = "text"
-    split_documents: Split = "file"
-    valid_fraction: float = 0.05
-    drop_duplicates: bool = False
+__all__ = [
+    "Store",
+    "StoreConfig",
+    "build_or_open",
+    "default_cache",
+    "num_words",
+    "source_fingerprint",
+]
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Store:
 
     folder: Path
     meta: dict[str, Any]
-    train: np.ndarray
-    valid: np.ndarray
+    train: np.ndarray | JoinedStream
+    valid: np.ndarray | JoinedStream
 
 
 def default_cache() -> Path:
@@ -69,63 +76,123 @@ def default_cache() -> Path:
 
 
 def build_or_open(
-    source: Source, tokenizer: Tokenizer, config: StoreConfig, cache_folder: Path | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    config: StoreConfig,
+    cache_folder: Path | None = None,
+    workers: Workers | None = None,
+    check: bool = False,
 ) -> Store:
     """The store of a corpus: the one in the cache, or a new one.
+
+    Args:
+        source: see `sources.py`.
+        tokenizer: what makes ids of the texts.
+        config: how they are read and split.
+        cache_folder: where stores lie; `default_cache` when None.
+        workers: who tokenizes shards that are not there; this process when None.
+        check: reads shards that are there to see that no byte of them has changed.
 
     Raises:
         DataError: the corpus cannot be read, or holds no text.
         StorageError: the cache cannot be written; nothing half-written stays behind.
     """
     items = resolve(source)
+    cache = cache_folder or default_cache()
     key = {"version": VERSION, "tokenizer": tokenizer.fingerprint, **asdict(config)}
-    name = f"text-{source_fingerprint(items, key)}"
-    folder = (cache_folder or default_cache()) / name
+    folder = cache / f"text-{source_fingerprint(items, key)}"
     if folder.exists():
-        store = _open(folder)
+        store = _open(folder, tokenizer, check)
         if store is not None:
             return store
         console.warn(f"{folder}: the tokenized corpus is damaged; it is made again")
     with files.whole_folder(folder) as aside:
-        files.write_json(aside / "meta.json", _build(items, tokenizer, config, aside))
-    store = _open(folder)
+        meta = _build_shards(items, tokenizer, config, key, aside, workers or Workers(), cache)
+        if meta is None:
+            meta = _build(items, tokenizer, config, aside)
+        files.write_json(aside / "meta.json", meta)
+    store = _open(folder, tokenizer)
     assert store is not None
     return store
 
 
-def source_fingerprint(items: Iterable[Path | HubDataset], key: dict[str, Any]) -> str:
-    """32 hexadecimal digits for these files (names, sizes, times) and settings."""
-    described: list[Any] = []
-    for item in items:
-        if isinstance(item, HubDataset):
-            described.append(str(item))
-        else:
-            state = item.stat()
-            described.append([str(item.resolve()), state.st_size, state.st_mtime_ns])
-    return hashlib.sha256(json.dumps([described, key]).encode()).hexdigest()[:32]
-
-
-def _open(folder: Path) -> Store | None:
+def _open(folder: Path, tokenizer: Tokenizer, check: bool = False) -> Store | None:
     """The store in `folder`; None when it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype = np.dtype(meta["dtype"])
-        for side in ("train", "valid"):
+        if "shards" in meta:
+            names = json.loads((folder / SHARDS).read_text(encoding="utf-8"))
+            return _open_shards(
+                folder, meta, [folder.parent / name for name in names], tokenizer, check
+            )
+        for side in sharded.STREAMS:
             size = (folder / f"{side}.bin").stat().st_size
             if size != meta[side]["tokens"] * dtype.itemsize:
                 return None
     except (OSError, ValueError, KeyError):
         return None
-    train, valid = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in ("train", "valid"))
+    train, valid = (np.memmap(folder / f"{side}.bin", dtype, "r") for side in sharded.STREAMS)
     return Store(folder, meta, train, valid)
 
 
+def _open_shards(
+    folder: Path, meta: dict[str, Any], shards: list[Path], tokenizer: Tokenizer, check: bool
+) -> Store | None:
+    said = [sharded.manifest(shard, check) for shard in shards]
+    sound = [one for one in said if one is not None]
+    if len(sound) < len(said):
+        return None
+    separator = len(separator_of(tokenizer))
+    train, valid = sharded.joined_streams(shards, sound, np.dtype(meta["dtype"]), separator)
+    return Store(folder, meta, train, valid)
+
+
+def _build_shards(
+    items: list[Place],
+    tokenizer: Tokenizer,
+    config: StoreConfig,
+    key: dict[str, Any],
+    folder: Path,
+    workers: Workers,
+    cache: Path,
+) -> dict[str, Any] | None:
+    """Makes the shards that are missing, and names them in `folder`; None: one pass must do it.
+
+    Documents that occur twice can only be dropped in one pass, and so few documents that their
+    parts are held out only be split in one.
+    """
+    groups = sharded.grouped(items)
+    if len(groups) < 2 or config.drop_duplicates or _are_few(items, config):
+        return None
+    names = [f"shard-{source_fingerprint(group, key)}" for group in groups]
+    shards = {
+        f"shard {number} of {len(groups)} ({group[0]})": (
+            *(cache / name, group, tokenizer.to_json(), config, key),
+        )
+        for number, (name, group) in enumerate(zip(names, groups, strict=True), start=1)
+    }
+    said = sharded.make_missing(sharded.write_shard, shards, workers, "tokenizing shards")
+    folders = [cache / name for name in names]
+    separator = len(separator_of(tokenizer))
+    meta = sharded.joined_facts(folders, said, tokenizer.vocabulary, separator)
+    if min(meta[side]["tokens"] for side in sharded.STREAMS) == 0:
+        return None
+    files.write_json(folder / SHARDS, names)
+    return {"version": VERSION, **meta}
+
+
+def _are_few(items: list[Place], config: StoreConfig) -> bool:
+    stream = documents(items, text_column=config.text_column, split=config.split_documents)
+    return not any(document.number + 1 == FEW_DOCUMENTS for document in stream)
+
+
 def _build(
-    items: list[Path | HubDataset], tokenizer: Tokenizer, config: StoreConfig, folder: Path
+    items: list[Place], tokenizer: Tokenizer, config: StoreConfig, folder: Path
 ) -> dict[str, Any]:
     """Writes both streams into `folder` and returns the meta data."""
     options: dict[str, Any] = {"text_column": config.text_column, "split": config.split_documents}
-    if any(d.number + 1 == FEW_DOCUMENTS for d in documents(items, **options)):
+    if not _are_few(items, config):
         meta = _write(documents(items, **options), items, tokenizer, config, folder, None)
         if min(meta["train"]["tokens"], meta["valid"]["tokens"]) > 0:
             return meta
@@ -146,208 +213,26 @@ def _build(
 
 def _chosen_parts(stream: Iterator[Document], fraction: float) -> set[int]:
     """Digests of the texts that are held out: the smallest ones, so the choice looks random."""
-    digests = sorted({_number(_hash(d.text).digest()) for d in stream if d.text.strip()})
+    digests = sorted({digest_of(d.text) for d in stream if d.text.strip()})
     count = min(max(1, round(fraction * len(digests))), len(digests) - 1)
     return set(digests[: max(0, count)])
 
 
-def _hash(text: str) -> "hashlib.blake2b":
-    return hashlib.blake2b(text.encode(), digest_size=8)
-
-
-def _number(digest: bytes) -> int:
-    return int.from_bytes(digest, "big")
-
-
-def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    held = 0
-    for document in stream:
-        batch.append(document)
-        held += len(document.text)
-        if held >= BATCH_CHARS or len(batch) == BATCH_TEXTS:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
 def _write(
     stream: Iterator[Document],
-    items: list[Path | HubDataset],
+    items: list[Place],
     tokenizer: Tokenizer,
     config: StoreConfig,
     folder: Path,
     chosen: set[int] | None,
 ) -> dict[str, Any]:
     """One pass over the corpus; `chosen` holds the digests of held-out parts, None: by document."""
-    vocabulary = tokenizer.vocabulary
-    dtype = np.dtype(np.uint16 if vocabulary.size < 65_536 else np.uint32)
-    sep = [vocabulary.sep, vocabulary.cls] if tokenizer.style == "bert" else [vocabulary.sep]
-    plain = all(isinstance(i, Path) and not i.name.endswith(COMPRESSIONS) for i in items)
-    total = sum(i.stat().st_size for i in items if isinstance(i, Path)) if plain else None
-    with (
-        open(folder / "train.bin", "wb", buffering=1 << 20) as train,
-        open(folder / "valid.bin", "wb", buffering=1 << 20) as valid,
-        console.progress("tokenizing", total) as progress,
-    ):
-        separator = np.array(sep, dtype=dtype)
-        writer = _Writer(_Side(train, separator), _Side(valid, separator), config, chosen)
-        for batch in _batches(stream):
-            encoded = tokenizer.encode([d.text for d in batch], parse_special=False)
-            size = 0
-            for document, ids in zip(batch, encoded, strict=True):
-                size += writer.add(document, ids)
-            tokens = writer.train.tokens + writer.valid.tokens
-            progress.advance(size, f"{writer.documents} documents, {tokens / 1e6:.1f} M tokens")
-        writer.end_document()
-    counts = _count_ids(folder / "train.bin", dtype, vocabulary.size, writer.train.tokens)
-    words = counts.copy()
-    words[[i for i in (vocabulary.cls, vocabulary.sep) if i >= 0]] = 0
-    unk_share = counts[vocabulary.unk] / max(1, words.sum()) if vocabulary.unk >= 0 else 0.0
-    counts[list(vocabulary.special)] = 0
-    share = counts[counts > 0] / max(1, counts.sum())
+    sizes = [None if str(item).endswith(COMPRESSIONS) else size_of(item) for item in items]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    written = write_streams(stream, tokenizer, config, folder, chosen=chosen, total=total)
     return {
         "version": VERSION,
-        "dtype": dtype.name,
-        **writer.counts(),
-        "unk_share": float(unk_share),
-        "unigram_entropy": float(-(share * np.log(share)).sum()) + 0.0,
+        "dtype": id_type(tokenizer.vocabulary).name,
+        **written.counts,
+        **unigram_facts(written.occurrences, tokenizer.vocabulary),
     }
-
-
-def _count_ids(path: Path, dtype: np.dtype, size: int, num_tokens: int) -> np.ndarray:
-    """How often each id occurs, (size,) int64."""
-    counts = np.zeros(size, dtype=np.int64)
-    for start in range(0, num_tokens, 1 << 22):
-        ids = np.fromfile(path, dtype, 1 << 22, offset=start * dtype.itemsize)
-        counts += np.bincount(ids, minlength=size)
-    return counts
-
-
-@dataclass
-class _Side:
-    """One stream that is being written, and its counts."""
-
-    file: IO[bytes]
-    separator: np.ndarray
-    tokens: int = 0
-    words: int = 0
-    characters: int = 0
-    last: tuple[int, int] = (-1, -1)  # (document, part) at whose end the stream stands
-
-    def append(self, document: Document, ids: np.ndarray) -> None:
-        goes_on = self.last == (document.number, document.part - 1)
-        if len(ids) == 0:
-            self.last = (document.number, document.part) if goes_on else self.last
-            return
-        if self.tokens and not goes_on:
-            self._put(self.separator)
-        self._put(ids.astype(self.separator.dtype))
-        self.words += num_words(document.text)
-        self.characters += len(document.text)
-        self.last = (document.number, document.part)
-
-    def _put(self, ids: np.ndarray) -> None:
-        self.file.write(ids.tobytes())
-        self.tokens += len(ids)
-
-    def mark(self) -> tuple[int, int, int]:
-        return self.tokens, self.words, self.characters
-
-    def return_to(self, mark: tuple[int, int, int]) -> None:
-        if mark[0] != self.tokens:
-            self.file.seek(mark[0] * self.separator.itemsize)
-            self.file.truncate()
-        self.tokens, self.words, self.characters = mark
-        self.last = (-1, -1)
-
-
-@dataclass
-class _Writer:
-    """Sends the parts of documents to their side, and counts."""
-
-    train: _Side
-    valid: _Side
-    config: StoreConfig
-    chosen: set[int] | None
-    documents: int = 0
-    parts: int = 0
-    empty: int = 0
-    duplicates: int = 0
-    digests: array = field(default_factory=lambda: array("Q"))
-    kept: set[int] = field(default_factory=set)  # only filled when duplicates are dropped
-    content: Any = field(default_factory=hashlib.sha256)
-    hash: Any = None  # of the open document
-    side: _Side | None = None
-
-    def add(self, document: Document, ids: np.ndarray) -> int:
-        """Takes the next part; returns its length in bytes."""
-        text = document.text.encode()
-        if document.part == 0:
-            self.end_document()
-            self.hash = hashlib.blake2b(digest_size=8)
-            self.marks = self.train.mark(), self.valid.mark()
-            self.num_tokens = self.num_parts = 0
-        self.hash.update(text)
-        if self.chosen is not None:
-            digest = _number(_hash(document.text).digest())
-            self.side = self.valid if digest in self.chosen else self.train
-        elif document.part == 0:
-            share = _number(self.hash.digest()) / 2**64
-            self.side = self.valid if share < self.config.valid_fraction else self.train
-        assert self.side is not None
-        self.side.append(document, ids)
-        self.num_tokens += len(ids)
-        self.num_parts += 1
-        return len(text)
-
-    def end_document(self) -> None:
-        """Closes the open document: counts it, or takes it back if it is a duplicate to drop."""
-        if self.hash is None:
-            return
-        raw, self.hash = self.hash.digest(), None
-        if self.num_tokens == 0:
-            self.empty += 1
-            return
-        digest = _number(raw)
-        self.documents += 1
-        if self.config.drop_duplicates:
-            if digest in self.kept:
-                self.duplicates += 1
-                self.train.return_to(self.marks[0])
-                self.valid.return_to(self.marks[1])
-                return
-            self.kept.add(digest)
-        else:
-            self.digests.append(digest)
-        self.parts += self.num_parts
-        self.content.update(raw)
-
-    def counts(self) -> dict[str, Any]:
-        if not self.config.drop_duplicates:
-            self.duplicates = len(self.digests) - len(np.unique(np.array(self.digests)))
-        return {
-            "split_by": "document" if self.chosen is None else "part",
-            "documents": self.documents,
-            "parts": self.parts,
-            "empty": self.empty,
-            "duplicates": self.duplicates,
-            "duplicates_dropped": self.config.drop_duplicates,
-            "fingerprint": self.content.hexdigest(),
-            **{
-                name: {"tokens": s.tokens, "words": s.words, "characters": s.characters}
-                for name, s in (("train", self.train), ("valid", self.valid))
-            },
-        }
-
-
-def num_words(text: str) -> int:
-    """Words between white space; every Chinese character and kana is a word.
-
-    >>> num_words("two words"), num_words("我喜欢 deep learning。")
-    (2, 5)
-    """
-    if text.isascii():
-        return len(text.split())
-    return len(CJK_WORD.findall(text)) + len(CJK_SPAN.sub(" ", text).split())

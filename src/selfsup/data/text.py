@@ -36,6 +36,7 @@ from selfsup.data.labelled_text import LabelledText
 from selfsup.data.labels import Labelled
 from selfsup.data.reading import documents, resolve
 from selfsup.data.rows import MIN_PAIR_TOKENS, PackedRows, PairRows
+from selfsup.data.sharded import JoinedStream
 from selfsup.data.sources import Place, Source
 from selfsup.data.store import (
     Store,
@@ -46,6 +47,7 @@ from selfsup.data.store import (
 )
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
+from selfsup.workers import Workers
 
 LABELLED_LENGTH = 128  # tokens in a labelled row, if nothing else is asked for
 WINDOW_BATCHES = 64  # so many batches of items are sorted by length together
@@ -92,14 +94,22 @@ class Config:
             )
 
 
-def prepare(config: Config, source: Source, cache: Path | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    source: Source,
+    cache: Path | None = None,
+    workers: Workers | None = None,
+    check: bool = False,
+) -> Prepared:
     """Reads a corpus, trains or loads its tokenizer, and tokenizes it; cached for the next time.
 
     Args:
         config: see `Config`.
-        source: files, folders, globs, a dataset name, or a list of those; each "NAME=PATH,PATH" is
-            a corpus of its own, drawn by its share.
+        source: files, folders, globs, addresses, a dataset name, or a list of those; each
+            "NAME=PATH,PATH" is a corpus of its own, drawn by its share.
         cache: folder of tokenized corpora; $SELFSUP_CACHE or ~/.cache/selfsup when None.
+        workers: who tokenizes a corpus that is large enough for shards; this process when None.
+        check: reads the shards that are there to see that no byte of them has changed.
 
     Raises:
         DataError: nothing is found, a file cannot be read, or a corpus is too small.
@@ -114,7 +124,8 @@ def prepare(config: Config, source: Source, cache: Path | None = None) -> Prepar
     stores, train, valid = {}, {}, {}
     for name, places in items.items():
         with corpora.corpus(name):
-            stores[name] = store = build_or_open(places, tokenizer, _store_config(config), cache)
+            more = _store_config(config), cache, workers, check
+            stores[name] = store = build_or_open(places, tokenizer, *more)
             train[name] = _rows(config, store.train, tokenizer, "train", store.meta)
             valid[name] = _rows(config, store.valid, tokenizer, "valid", store.meta)
     sides: dict[str, Dataset]
@@ -190,7 +201,7 @@ def _tokenizer(config: Config, items: dict[str, list[Place]], cache: Path) -> To
 
 def _rows(
     config: Config,
-    stream: np.ndarray,
+    stream: np.ndarray | JoinedStream,
     tokenizer: Tokenizer,
     side: str,
     meta: dict[str, Any],
@@ -283,7 +294,7 @@ class TextPreprocessor:
         path = Path(folder) / TextPreprocessor.FILE_NAME
         try:
             max_length = int(tomllib.loads(path.read_text(encoding="utf-8"))["max_length"])
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not the preprocessor of a text model ({error})") from error
         return TextPreprocessor(Tokenizer.load(folder), max_length)
 
@@ -414,9 +425,9 @@ load_preprocessor = TextPreprocessor.load
 
 
 def read_items(source: Source, column: str | None, preprocessor: Any) -> Iterator[tuple[str, str]]:
-    """(text, text) of every line of .txt files, and of every row of formats with columns."""
+    """("file:line", text) of every line of .txt files, and of every row of other formats."""
     for document in documents(source, text_column=column or "text", split="line"):
-        yield document.text, document.text
+        yield document.origin, document.text
 
 
 def with_preprocessor(config: Config, folder: Path) -> Config:

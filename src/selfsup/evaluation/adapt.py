@@ -1,16 +1,19 @@
 """Adapting an encoder to a task: build the head, choose what trains, run the one loop, score."""
 
 import copy
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from selfsup import console
 from selfsup.data.dataset import LabelledDataset, Preprocessor
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError
 from selfsup.evaluation.metrics import METRICS
+from selfsup.evaluation.targets import part_accuracies
 from selfsup.model_folder import build_objective
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Task
@@ -18,23 +21,29 @@ from selfsup.randomness import Order
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import autocast, pick_dtype, to_device
 from selfsup.training.folder import RunFolder
-from selfsup.training.loop import train
+from selfsup.training.loop import Watch, train
 from selfsup.tuning.choice import Tuning, tune
 from selfsup.tuning.parts import Where
+from selfsup.tuning.pseudo_labels import SoftLabelled
 
 PASSES = 5  # over the labels, once there are many
 MAX_WRITING_STEPS = 10_000
 
 
-def default_training(num_labels: int, dim: int, task: str = "") -> TrainingConfig:
-    """A fine-tuning schedule by number of labelled examples and width of the encoder.
+def num_rows(preprocessor: Preprocessor, labelled: Labelled) -> int:
+    """How many rows the examples make: a question has one for each window of its document."""
+    return len(preprocessor.labelled(labelled)) if labelled.task == "span_qa" else len(labelled)
 
-    At least 200 steps of 16 examples, or five passes over the labels; the learning rate falls with
+
+def default_training(count: int, dim: int, task: str = "") -> TrainingConfig:
+    """A fine-tuning schedule by number of labelled rows (`num_rows`) and width of the encoder.
+
+    At least 200 steps of 16 rows, or five passes over them all; the learning rate falls with
     the width, 1e-3 at 128 (small encoders) to 5e-5 at 768 and above (BERT, section A.3). Writing
     takes batches of 32 and is given at most 10,000 steps.
     """
     size = 32 if task == "generation" else 16
-    steps = max(200, -(-PASSES * num_labels // size))
+    steps = max(200, -(-PASSES * count // size))
     if task == "generation":
         steps = min(steps, MAX_WRITING_STEPS)
     lr = 1e-3 if dim <= 256 else 2e-4 if dim < 768 else 5e-5
@@ -121,12 +130,30 @@ def fit(
     if data.truncated:
         share = f"{data.truncated:,} of {len(data):,} training examples"
         console.say(f"{share} are too long and were cut")
-    held_out = watched = rows_of(task, preprocessor, valid) if valid else None
-    if valid and task.max_watched is not None and len(valid) > task.max_watched:
-        chosen = Order(len(valid), training.seed)[0 : task.max_watched]
-        watched = rows_of(task, preprocessor, valid.take(sorted(chosen.tolist())))
-    watch = (lambda: {"score": score(task, watched)}) if watched else None
+    held_out = rows_of(task, preprocessor, valid) if valid else None
+    watch = _watch(task, preprocessor, valid, held_out, training.seed) if valid else None
     return train(task, data, held_out, training, folder, title, watch)
+
+
+def _watch(task: Task, preprocessor: Preprocessor, valid: Labelled, rows: Any, seed: int) -> Watch:
+    """The metric of held-out examples; of a mixture the accuracy of each task and their mean."""
+    most = task.max_watched
+    if not valid.parts:
+        if most is not None and len(valid) > most:
+            chosen = Order(len(valid), seed)[0:most]
+            rows = rows_of(task, preprocessor, valid.take(sorted(chosen.tolist())))
+        return lambda trained: {"score": score(trained, rows)}
+    numbers: dict[str, list[int]] = {}
+    for number in Order(len(valid), seed)[0 : len(valid)].tolist():
+        numbers.setdefault(valid.parts[number].name, []).append(number)
+    watched = valid.take(number for some in numbers.values() for number in some[:most])
+
+    def watch(trained: Any) -> dict[str, float]:
+        found = part_accuracies(trained, preprocessor, watched)
+        by_task = {f"score_{name}": value for name, value in found.items()}
+        return {"score": fmean(found.values()), **by_task}
+
+    return watch
 
 
 @torch.inference_mode()
@@ -150,6 +177,16 @@ def answers(task: Task, data: LabelledDataset, batch_size: int = 64) -> tuple[li
             values[number], scores[number] = (rows[row] for rows in of_batch)
     task.train(was_training)
     return data.collect(values, scores)
+
+
+def class_scores(
+    task: Task, preprocessor: Preprocessor, labelled: Labelled
+) -> Float[np.ndarray, "items classes"]:
+    """The logarithm of the probability that a task gives to each class of each item, float64."""
+    rows = rows_of(task, preprocessor, labelled)
+    nothing = np.zeros((len(labelled), len(labelled.names)))
+    _, shares = answers(task, SoftLabelled(rows, nothing))
+    return np.log(np.maximum(np.stack(shares).astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def score(task: Task, data: LabelledDataset, metric: str | None = None) -> float:

@@ -23,7 +23,14 @@ import torch
 from selfsup import console, registry
 from selfsup.data.labels import Labels, split, subset
 from selfsup.errors import ConfigError, DataError, Interrupted, LimitError
-from selfsup.evaluation.adapt import default_training, fit, new_task, rows_of, score
+from selfsup.evaluation.adapt import (
+    default_training,
+    fit,
+    new_task,
+    num_rows,
+    rows_of,
+    score,
+)
 from selfsup.evaluation.baselines import fit_baseline
 from selfsup.evaluation.cost import Cost, measured
 from selfsup.evaluation.metrics import METRICS
@@ -320,7 +327,8 @@ class _Trainer:
             metric = METRICS[registry.resolve(registry.TASKS, "task", settings.task).metric]
             test = metric(self.labels.test.labels, guess)
             return Result(cell, fitted.score, test, name=fitted.name)
-        training = default_training(cell.labels, self.model.encoder.dim, settings.task)
+        count = num_rows(self.preprocessor, data)
+        training = default_training(count, self.model.encoder.dim, settings.task)
         training = replace(
             training,
             seed=cell.seed,

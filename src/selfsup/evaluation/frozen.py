@@ -24,6 +24,7 @@ from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Objective
 from selfsup.randomness import Order
 from selfsup.training.device import autocast, pick_dtype, to_device
+from selfsup.training.loop import Watch
 
 ONLINE_BANK, ONLINE_QUERIES = 2000, 500
 MIN_ONLINE = 50  # labelled examples on either side, below which a probe would be noise
@@ -131,15 +132,13 @@ def _reader(
     return function
 
 
-def online_probe(
-    objective: Objective, train: Dataset, valid: Dataset
-) -> Callable[[], dict[str, float]] | None:
+def online_probe(train: Dataset, valid: Dataset) -> Watch | None:
     """Weighted kNN on a corpus that happens to have labels, for a look while training.
 
     It reads the encoder and never changes it; training does not see the labels.
 
     Returns:
-        a function that gives `knn_accuracy`; None where there are no labels.
+        what gives the `knn_accuracy` of an objective; None where there are no labels.
     """
     if train.labels is None or valid.labels is None:
         return None
@@ -149,7 +148,7 @@ def online_probe(
         return None
     bank_labels, query_labels = train.labels[bank], valid.labels[queries]
 
-    def watch() -> dict[str, float]:
+    def watch(objective: Objective) -> dict[str, float]:
         device = next(objective.parameters()).device
         function = pooled_features(objective.encoder, device)
         stored, asked = extract(train, function, bank), extract(valid, function, queries)

@@ -1,7 +1,9 @@
-"""In-context learning: a causal language model labels items after a few examples in its prompt.
+"""In-context learning: a model that writes labels items after a few examples in its prompt.
 
 Nothing is trained. A prompt is an instruction, some demonstrations and the item, and the answer is
-the label word that is likeliest to come next (Brown et al., 2020, arXiv 2005.14165, section 2.4).
+the label word that is likeliest to come next (Brown et al., 2020, arXiv 2005.14165).
+An encoder-decoder, or a model that was fine-tuned to write, reads the prompt as a source and writes
+the word as its target (`targets.py`).
 
 | `normalise`     | what a label word is scored by                                             |
 |-----------------|----------------------------------------------------------------------------|
@@ -37,7 +39,8 @@ from selfsup.data.labels import Labelled
 from selfsup.data.templates import Template
 from selfsup.errors import ConfigError, DataError, nearest
 from selfsup.evaluation.demonstrations import Example, Item, draw
-from selfsup.evaluation.likelihood import check_causal, log_likelihoods, padded, rows_of
+from selfsup.evaluation.likelihood import padded, rows_of
+from selfsup.evaluation.targets import prompt_rows, prompt_scores, writer_of
 from selfsup.randomness import torch_generator
 from selfsup.training.device import autocast
 
@@ -120,7 +123,7 @@ def answer(
     """Labels items after the same demonstrations, in this order.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or one that writes targets for sources.
         template: puts the prompts together.
         demonstrations: may be empty.
         items: texts, or pairs for a template with `{text_b}`.
@@ -131,7 +134,11 @@ def answer(
         ConfigError: the model cannot be prompted.
         DataError: an item alone is longer than a prompt may be, or a label word has no token.
     """
-    check_causal(model)
+    if writer_of(model) is not None and template.reasons:
+        raise ConfigError(
+            f"the template {template.name} has {{reasoning}}, which a causal_language run alone "
+            "writes; use another template"
+        )
     template.check_items(items, "items")
     shown = [template.demonstration(*example) for example in demonstrations]
     kept, longest = _kept(model, template, shown, items, settings)
@@ -173,19 +180,18 @@ def _probabilities(
     settings: Settings,
     seed: int,
 ) -> Float[np.ndarray, "items classes"]:
-    tokenizer = model.preprocessor.tokenizer
     thoughts: list[str] = [""] * len(items)
     if template.reasons:
         prompts = [template.prompt(shown, item) for item in items]
         thoughts = reasoning(model, prompts, settings, seed)
     contexts = [template.prompt(shown, *pair) for pair in zip(items, thoughts, strict=True)]
-    rows = rows_of(tokenizer, contexts, template.words)
-    scores = log_likelihoods(model, rows, settings.batch_size)
+    rows = prompt_rows(model, contexts, template.words)
+    scores = prompt_scores(model, rows, settings.batch_size)
     if settings.normalise == "length":
         scores /= [[len(end) for end in row.ends] for row in rows]
     if settings.normalise == "unconditional":
-        alone = rows_of(tokenizer, [template.answer_context], template.words)
-        scores -= log_likelihoods(model, alone)  # (1, classes)
+        alone = prompt_rows(model, [template.answer_context], template.words)
+        scores -= prompt_scores(model, alone)  # (1, classes)
     return softmax(scores, axis=1)
 
 
@@ -228,7 +234,7 @@ def _kept(
         some = shown[len(shown) - count :]
         here = [*(items[i] for i in left), *empty]
         contexts = [template.prompt(some, item, "") for item in here]
-        rows = rows_of(model.preprocessor.tokenizer, contexts, template.words)
+        rows = prompt_rows(model, contexts, template.words)
         lengths = [row.length + extra for row in rows]
         least = max(lengths[len(left) :], default=0)  # what calibration needs
         takes = {i: max(length, least) for i, length in zip(left, lengths, strict=False)}

@@ -17,9 +17,8 @@ from jaxtyping import Float, Int
 from selfsup.batch import Batch
 from selfsup.data.dataset import pad_mask, pad_rows
 from selfsup.data.tokenizer import Tokenizer
-from selfsup.errors import ConfigError, DataError
+from selfsup.errors import DataError
 from selfsup.models.attention import Cache
-from selfsup.objective import Generates, Scores
 from selfsup.training.device import autocast, to_device
 
 if TYPE_CHECKING:
@@ -55,14 +54,19 @@ def rows_of(tokenizer: Tokenizer, contexts: Sequence[str], ends: Sequence[str]) 
         variants = encoded[at : at + size]
         border = common_prefix(variants)
         tails = [ids[border:].astype(np.int64) for ids in variants[1:]]
-        _check_ends(tails, ends)
+        check_ends(tails, ends)
         # as in `Model.generate`, what nothing stands before comes after the end of a document
         first = cls if tokenizer.style == "bert" else [] if border else sep
         rows.append(Row(np.concatenate([first, variants[0][:border]]).astype(np.int64), tails))
     return rows
 
 
-def _check_ends(tails: Sequence[np.ndarray], ends: Sequence[str]) -> None:
+def check_ends(tails: Sequence[np.ndarray], ends: Sequence[str]) -> None:
+    """Refuses texts that the model cannot tell apart by their tokens.
+
+    Raises:
+        DataError: one has no token, or two have the same.
+    """
     seen: dict[bytes, str] = {}
     for tail, end in zip(tails, ends, strict=True):
         if not len(tail):
@@ -92,15 +96,13 @@ def log_likelihoods(
     """Log-probability (nats) of each end after its context, summed over the end's tokens.
 
     Args:
-        model: a causal language model.
+        model: a causal language model (`targets.writer_of` tells).
         rows: all with the same number of ends.
         batch_size: contexts per forward pass.
 
     Raises:
-        ConfigError: the model is not one.
         DataError: a row longer than the model's learned positions.
     """
-    check_causal(model)
     objective: Any = model.objective
     # the last token of a context goes with its ends: it predicts their first
     shared = common_prefix([row.context[:-1] for row in rows])
@@ -126,19 +128,6 @@ def log_likelihoods(
             sums = scored["log_probability"].double().sum(1)
             out[numbers] = sums.view(len(chosen), num_ends).cpu().numpy()
     return out
-
-
-def check_causal(model: "Model") -> None:
-    """Refuses a model that does not write from left to right.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if not isinstance(model.objective, Generates) or not isinstance(model.objective, Scores):
-        section = model.values.get("method") or model.values["task"]
-        raise ConfigError(
-            f"a {section['name']} model cannot be prompted; use a causal_language run"
-        )
 
 
 def padded(model: "Model", rows: Sequence[np.ndarray]) -> Batch:

@@ -19,7 +19,7 @@ from selfsup import console, registry
 from selfsup.data.labels import Labelled, split, subset
 from selfsup.errors import ConfigError, DivergedError
 from selfsup.evaluation import submission, suite_files, suite_plan
-from selfsup.evaluation.adapt import default_training, fit, new_task
+from selfsup.evaluation.adapt import default_training, fit, new_task, num_rows
 from selfsup.evaluation.metrics import METRICS
 from selfsup.evaluation.suite_files import LAYOUTS, Question, Questions
 from selfsup.evaluation.suite_plan import Part, SuiteTask
@@ -259,7 +259,8 @@ class TaskRun:
     def _fit(self, learning: list[Question], train: Questions, lr: float, seed: int) -> Model:
         name = self.task.task
         labelled = suite_files.as_labelled(learning, name, train.names, train.source)
-        training = default_training(len(labelled), self.model.encoder.dim, name)
+        count = num_rows(self.preprocessor, labelled)
+        training = default_training(count, self.model.encoder.dim, name)
         steps = self.settings.steps or training.steps
         training = replace(training, seed=seed, lr=lr, steps=steps)
         config = registry.module_of(registry.TASKS, "task", name).Config()

@@ -1,4 +1,4 @@
-"""Maths that several methods share: projection heads, moving averages, similarities, collapse."""
+"""Maths that several methods share: projection heads, teachers, similarities, collapse."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -60,6 +60,21 @@ def cosine_similarity(
 ) -> Float[Tensor, "*batch"]:
     """Cosine of the angle between pairs of vectors, in float32."""
     return F.cosine_similarity(x.float(), y.float(), dim=-1)
+
+
+def soft_loss(
+    student: Float[Tensor, "*item classes"],
+    teacher: Float[Tensor, "*item classes"],
+    temperature: float,
+) -> Float[Tensor, "*item"]:
+    """T^2 * KL(teacher || student) of the softened probabilities (nats), in float32.
+
+    What a distilled student learns; T^2 keeps the size of the gradient (Hinton et al. 2015, arXiv
+    1503.02531, section 2.1).
+    """
+    said = (teacher.float() / temperature).log_softmax(-1)
+    guess = (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(guess, said, reduction="none", log_target=True).sum(-1)
 
 
 def target_deviation(features: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:

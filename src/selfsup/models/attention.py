@@ -237,7 +237,7 @@ def mix(
     # torch forms the weights as well where it drops some, with its slower dropout
     scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     if causal:
-        allowed = past(*scores.shape[-2:], scores.device)
+        allowed = past(scores.shape[-2], scores.shape[-1], scores.device)
     if allowed is not None and allowed.dtype == torch.bool:
         scores = scores.masked_fill(~allowed, -torch.inf)
     elif allowed is not None:

@@ -1,6 +1,6 @@
 """Attention scores of a transformer's layers, which its kernels never form: computed beside them.
 
-For distillation (TinyBERT, Jiao et al. 2019, arXiv 1909.10351, section 4.1) and for looking at
+For distillation (TinyBERT, Jiao et al. 2019, arXiv 1909.10351, section 3.1) and for looking at
 attention.
 
 Axes: batch; query: positions that look; read: positions that are looked at; heads; head_dim.

@@ -32,6 +32,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
     (torch.Size([4, 8]), torch.Size([4, 3, 5, 5]))
     """
 
+    whole_batch = True
     momentum: float  # torch's class also allows None here, and no running statistics
     running_mean: Tensor
     running_var: Tensor

@@ -11,7 +11,7 @@ Axes: batch, time, token = real positions of the batch, expert, room, dim, inner
 
 Deviations from the paper:
 - Outside training there is room for all, so that a result does not depend on its neighbours; the
-  paper drops there too, from twice the mean.
+  authors' code drops there too, from twice the mean.
 - No noise on the router's input, and capacity is counted over the batch of one rank.
 """
 

@@ -498,7 +498,7 @@ def repacked(
     """These rows of a batch alone, between two steps, without padding that all of them end in.
 
     What all rows share (angles, distances) stays shared. For a view without cache and memory.
-    Sets of additions that were switched on for some rows only are not told of the new numbers.
+    What a tuning has added for some rows only is not told of the new numbers, and refuses them.
     """
     num_rows, num_slots = mask.shape
 

@@ -5,7 +5,7 @@ makes a text into a cloze, "{text} It was {label}.", and each class has a word, 
 head of masked language modelling scores the words, so nothing begins from random weights, and few
 labels suffice; without any training the answer is zero-shot. With `demonstrations` labelled
 examples stand behind the text, drawn several times, and the answers are averaged (LM-BFF: Gao,
-Fisch and Chen, 2020, arXiv 2012.15723, section 6).
+Fisch and Chen, 2020, arXiv 2012.15723).
 
 A word's score is its log-probability in the blank. Words of one token are so compared by their
 logits, as in the paper. Those of several tokens are read from several blanks at once, and a shorter
@@ -15,9 +15,9 @@ Axes: batch; rows: batch * draws of demonstrations; time; slots: blanks of a row
 vocabulary.
 
 Deviations: there is no auxiliary language modelling loss. Schick and Schütze (2020, arXiv
-2009.07118, section 3) fill the blanks of a longer word one after another when they predict; here
-they are read at once, as they do in training, and the loss is the cross entropy of all classes, not
-a hinge loss. A pair is one text to the model, without segments. Gao et al. demonstrate with the
+2009.07118) fill the blanks of a longer word one after another when they predict; here they are
+read at once, as they do in training, and the loss is the cross entropy of all classes, not a hinge
+loss. A pair is one text to the model, without segments. Gao et al. demonstrate with the
 examples that are most like the text; here all are drawn alike.
 """
 
@@ -175,16 +175,25 @@ class Cloze(Task):
         return Predictions(scores.argmax(-1), scores)
 
     def _scores(self, batch: Batch) -> Float[Tensor, "rows classes"]:
+        words = batch["verbalizers"]
+        logits = self._logits(batch)
+        if words.shape[1] == 1:
+            # The vocabulary's sum would cancel but for rounding errors; Adam divides those by their
+            # own size, so they would move every word's row, and denormal numbers are slow.
+            return logits[:, 0, words[:, 0]]
         return verbalizer_scores(
-            self.blanks(batch), batch["verbalizers"], self.config.several_tokens == "mean"
+            logits.log_softmax(-1), words, self.config.several_tokens == "mean"
         )
 
     def blanks(self, batch: Batch) -> Float[Tensor, "rows slots vocabulary"]:
         """Log-probabilities of every token in every blank, float32."""
+        return self._logits(batch).log_softmax(-1)
+
+    def _logits(self, batch: Batch) -> Float[Tensor, "rows slots vocabulary"]:
         tokens = batch["tokens"]
         first = (tokens == self.encoder.spec.mask).int().argmax(1, keepdim=True)  # (rows, 1)
         slot = torch.arange(batch["verbalizers"].shape[1], device=tokens.device)
         place = first + slot - int(self.config.predicts_next)  # (rows, slots)
         hidden = self.encoder(batch).last
         hidden = hidden.gather(1, place.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.head(hidden, self.encoder.embedding).float().log_softmax(-1)
+        return self.head(hidden, self.encoder.embedding).float()

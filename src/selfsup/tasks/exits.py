@@ -2,13 +2,13 @@
 
 Most examples are easy and are decided after a few layers. The exits are trained in one of three
 ways. `joint` trains all heads and the encoder at once, each loss weighted by the number of its
-layer (PABEE, Zhou et al., 2020, arXiv 2006.04152, equation 4). `two_stage` trains the full model
-first, then freezes it and trains the exits (DeeBERT, Xin et al., 2020, arXiv 2004.12993, section
-3.2). `distilled` does the same, and the exits learn what the last head says instead of the labels
-(FastBERT, Liu et al., 2020, arXiv 2004.02178, equations 5 to 7).
+layer (PABEE, Zhou et al., 2020, arXiv 2006.04152). `two_stage` trains the full model first, then
+freezes it and trains the exits (DeeBERT, Xin et al., 2020, arXiv 2004.12993, section 3.1).
+`distilled` does the same, and the exits learn what the last head says instead of the labels
+(FastBERT, Liu et al., 2020, arXiv 2004.02178, equations 5 and 6).
 
 An example leaves when an exit is sure enough: when the entropy of its answer is below a threshold
-(DeeBERT), when that entropy as a share of its maximum is (FastBERT's `speed`, equation 8), or below
+(DeeBERT), when that entropy as a share of its maximum is (FastBERT's `speed`, equation 7), or below
 the threshold that each exit was given on validation data (`calibrated`); or when so many exits one
 after another have repeated the answer before theirs (PABEE's `patience`). Those that leave are
 taken out of the batch, so a batch gives the answers that its examples give alone.

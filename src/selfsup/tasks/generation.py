@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -121,17 +122,36 @@ class Generation(Task):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Output:
         """Cross entropy of `label` (batch, time), -100 where padded; `generator` is not used."""
+        logits, target = self._told(batch)
+        loss, nats, accuracy = generation_loss(logits, target, self.config.label_smoothing)
+        return Output(loss, len(target), {"nats": nats, "accuracy": accuracy})
+
+    @torch.no_grad()
+    def log_probability(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """How likely each whole target is after its source, in nats, float32, without dropout.
+
+        Args:
+            batch: `tokens`, `mask` and `label`, as for `loss`.
+        """
+        training = self.training
+        self.eval()
+        logits, target = self._told(batch)
+        nats = F.cross_entropy(logits.float(), target, reduction="none")  # (items,)
+        self.train(training)
+        row = (batch["label"] != IGNORED).nonzero()[:, 0]  # (items,)
+        return nats.new_zeros(len(batch["label"])).index_add(0, row, -nats)
+
+    def _told(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "items vocabulary"], Int[Tensor, " items"]]:
+        """What the model says of every token of the targets, and these tokens."""
         label = batch["label"]
         real = label != IGNORED
         if isinstance(self.encoder, EncoderDecoder):
             hidden = self._decoded(batch, label.where(real, 0), real)
         else:
             hidden = self._continued(batch, label.where(real, 0), real)
-        target = label[real]  # (items,)
-        loss, nats, accuracy = generation_loss(
-            self._logits(hidden[real]), target, self.config.label_smoothing
-        )
-        return Output(loss, len(target), {"nats": nats, "accuracy": accuracy})
+        return self._logits(hidden[real]), label[real]
 
     def _decoded(
         self, batch: Batch, target: Int[Tensor, "batch time"], real: Bool[Tensor, "batch time"]

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Optimizer = Literal["adamw", "adafactor", "lamb", "lars"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 LEAST = {
     **dict.fromkeys(("batch_size", "accumulate", "log_every", "valid_batches"), 1),
-    **dict.fromkeys(("checkpoint_every", "checkpoints"), 1),
-    **dict.fromkeys(("evaluations", "patience", "lr", "eps", "weight_decay", "clip"), 0),
+    **dict.fromkeys(("checkpoint_every", "checkpoints", "tensor_parallel"), 1),
+    **dict.fromkeys(
+        ("keep_every", "evaluations", "patience", "lr", "eps", "weight_decay", "clip"), 0
+    ),
 }
 """The smallest value that a key may have."""
 
@@ -28,17 +31,21 @@ class TrainingConfig:
     minutes: float | None = None
     """Budget in minutes of wall clock."""
     batch_size: int = 32
-    """Examples per forward pass."""
+    """Examples per forward pass, of all ranks together."""
     accumulate: int = 1
-    """Forward passes per optimizer step; their gradients are weighted by item counts."""
+    """Forward passes per optimizer step, of all ranks together; weighted by item counts."""
     lr: float = 1e-3
     """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """adamw, adafactor (little memory), lamb or lars (large batches)."""
     weight_decay: float = 0.01
-    """AdamW's decoupled decay of matrices."""
+    """Decay of matrices: decoupled in AdamW and Adafactor, inside the step in LAMB and LARS."""
     betas: tuple[float, ...] = (0.9, 0.98)
-    """AdamW's two moments."""
+    """Decays of AdamW's and LAMB's two moments; the first is LARS' momentum."""
     eps: float = 1e-6
-    """AdamW's epsilon."""
+    """AdamW's and LAMB's epsilon."""
+    relative_step: bool = True
+    """Adafactor's rate is a share of each parameter's own size; false: it is one as AdamW's."""
     clip: float = 1.0
     """Largest L2 norm of the gradient; 0 switches clipping off."""
     warmup: float = 0.06
@@ -61,6 +68,10 @@ class TrainingConfig:
     """Steps between checkpoints."""
     checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay for good, a multiple of checkpoint_every; 0: none."""
+    async_save: bool = True
+    """Checkpoints are written while training goes on, from a copy of weights and moments."""
     log_every: int = 10
     """Steps per row of metrics.jsonl."""
     seed: int = 0
@@ -71,6 +82,12 @@ class TrainingConfig:
     """auto, cpu, cuda or cuda:N."""
     compile: bool = False
     """torch.compile of the objective's loss; pays on GPUs."""
+    sharded: bool = False
+    """Ranks share out weights, gradients and moments (FSDP2), for models too large for one GPU."""
+    tensor_parallel: int = 1
+    """So many ranks compute each block of a transformer together; 1: each computes alone."""
+    recompute: bool = False
+    """Blocks keep only what they read, and are computed again in the backward pass."""
     nonfinite: Literal["skip", "stop"] = "stop"
     """What to do with a step whose loss or gradient is not finite; weights never see it."""
     tensorboard: bool = False
@@ -90,5 +107,17 @@ class TrainingConfig:
         for name in ("decay", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every must be a multiple of checkpoint_every ({self.checkpoint_every}), got "
+                f"{self.keep_every}"
+            )
+        if not self.relative_step and self.optimizer != "adafactor":
+            raise ValueError(f"relative_step is adafactor's; optimizer is {self.optimizer}")
+        if self.optimizer != "adamw" and (self.sharded or self.tensor_parallel > 1):
+            raise ValueError(
+                f"optimizer = {self.optimizer!r} needs whole weights on each rank: use 'adamw' "
+                "with sharded and tensor_parallel"
+            )
         if self.evaluations == 0 and (self.keep == "best" or self.patience):
             raise ValueError("keep = 'best' and patience look at evaluations, of which there are 0")

@@ -11,6 +11,7 @@ model/           what a user keeps
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +20,9 @@ from typing import Any
 
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.files import storage, write_json
+
+ASIDE = re.compile(r"\..+\.(?P<process>\d+)\.(tmp|old)")
+"""The names that `files.aside_name` gives."""
 
 
 class RunFolder:
@@ -57,12 +61,14 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Removes what a killed process left half-written; nobody else writes here now."""
-        for folder in (self.path, self.checkpoints):
-            for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old")):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+        for left in left_over(self.path):
+            name, _, kind = left.name[1:].rsplit(".", 2)
+            if kind == "old" and not left.with_name(name).exists():
+                left.rename(left.with_name(name))
+            elif left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def warnings(self, texts: list[str]) -> None:
         """Replaces the list of warnings that the report shows."""
@@ -71,6 +77,12 @@ class RunFolder:
     def close(self) -> None:
         """Lets the folder go."""
         self._lock.close()
+
+
+def left_over(run: Path) -> list[Path]:
+    """What stands in a run folder under a name of `files.aside_name`."""
+    folders = (run, run / "checkpoints")
+    return sorted(p for folder in folders for p in folder.glob(".*.*") if ASIDE.fullmatch(p.name))
 
 
 class Rows:
@@ -89,15 +101,13 @@ class Rows:
             return
         with storage(path):
             self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
-            if self.file.tell() < size:
+            try:
+                self.rows = read_rows(path, size)
+            except CheckpointError:
                 self.file.close()
-                raise CheckpointError(
-                    f"{path}: shorter than the checkpoint says, so rows were lost; put the whole "
-                    "file back, or begin anew with another --out"
-                )
+                raise
             self.file.truncate(size)
             self.file.seek(size)
-            self.rows = [json.loads(line) for line in path.read_bytes().splitlines()]
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Appends one row."""
@@ -120,3 +130,27 @@ class Rows:
         if self.file is not None:
             with suppress(OSError):  # what could not be written was reported by `add`
                 self.file.close()
+
+
+def read_rows(path: Path, size: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, or of its first `size` bytes.
+
+    Raises:
+        CheckpointError: it is shorter, or a line is no row; the line is named.
+    """
+    hint = "put the whole file back, or begin anew with another --out"
+    content = path.read_bytes()
+    if size is not None and len(content) < size:
+        raise CheckpointError(
+            f"{path}: shorter than the checkpoint says, so rows were lost; {hint}"
+        )
+    *lines, rest = content[:size].split(b"\n")
+    rows = []
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
+        try:
+            rows.append(dict(json.loads(line).items()))
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}:{number}: not a row of JSON; {hint}") from error
+    if rest:
+        raise CheckpointError(f"{path}:{len(rows)}: the row is cut at its end; {hint}")
+    return rows

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from selfsup import console
+from selfsup import console, ranks
 from selfsup.batch import Batch
+from selfsup.config import from_mapping
 from selfsup.data.dataset import Dataset
-from selfsup.errors import ConfigError, DivergedError, Interrupted
+from selfsup.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from selfsup.objective import Objective, Output
 from selfsup.randomness import Batches, Order, isolated, seed_layers, torch_generator
 from selfsup.training import guard
@@ -25,7 +26,6 @@ from selfsup.training.checkpoint import (
     load_optimizer,
     load_weights,
     optimizer_tensors,
-    save_checkpoint,
 )
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import (
@@ -35,10 +35,14 @@ from selfsup.training.device import (
     pick_dtype,
     to_device,
 )
+from selfsup.training.distributed import Spread
 from selfsup.training.evaluate import evaluate
 from selfsup.training.folder import Rows, RunFolder
-from selfsup.training.optim import adamw, clip_gradient, learning_rate_share
+from selfsup.training.optim import learning_rate_share, optimizer
+from selfsup.training.saving import Saver
 
+Watch = Callable[[Any], dict[str, float]]
+"""Further numbers for an evaluation, of the objective that trains; it must change nothing."""
 UNITS = {"tokens": "tokens", "frames": "frames", "waveform": "samples"}
 """What `_num_tokens` counts, for people, by a field of the data."""
 
@@ -61,6 +65,11 @@ class Position:
     speed_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        counts = self.step, self.tokens, self.evaluations, self.metrics_bytes, self.speed_bytes
+        if min(counts) < 0 or type(self.sums) is not dict or type(self.warnings) is not list:
+            raise ValueError("a count is negative, or sums or warnings are none")
+
     def progress(self, config: TrainingConfig) -> float:
         """Share of the budget that is spent, 0 to 1."""
         if config.steps is not None:
@@ -78,7 +87,7 @@ def train(
     config: TrainingConfig,
     folder: RunFolder | None = None,
     title: str = "training",
-    watch: Callable[[], dict[str, float]] | None = None,
+    watch: Watch | None = None,
 ) -> list[dict[str, Any]]:
     """Trains `objective` in place, to the end of its budget.
 
@@ -90,8 +99,7 @@ def train(
         folder: where metrics and checkpoints go; its newest whole checkpoint is gone on from. None:
             nothing is written.
         title: what the progress line says.
-        watch: further numbers for each evaluation row (a task's metric, a probe's accuracy); it
-            must change nothing.
+        watch: further numbers for each evaluation row (a task's metric, a probe's accuracy).
 
     Returns:
         the rows of metrics.jsonl.
@@ -114,25 +122,35 @@ def train(
             run.refresh_if_due()
             run.set_learning_rate()
             outputs = [run.forward_backward(i, b) for i, b in enumerate(micro_batches)]
-            weight = run.average_gradient(outputs)
-            norm = float(clip_gradient(objective, config.clip))
-            if run.is_finite(outputs, norm):
+            step = run.agree(outputs, micro_batches, signals)
+            norm = run.average_and_clip(step)
+            if run.is_finite(step, norm):
                 run.optimizer.step()
-                objective.after_step(position.step, run.total_steps())
-                run.count(outputs, weight, norm)
+                run.objective.after_step(position.step, run.total_steps())
+                run.count(outputs, norm)
             run.optimizer.zero_grad(set_to_none=True)
-            run.advance(micro_batches)
+            run.advance(step)
             if position.step % config.log_every == 0 or run.finished():
                 run.log(bar)
             if run.evaluation_due():
                 run.evaluate()
-            if signals.received is not None:
-                raise run.interrupted(signals.received)
+            if step.signal:
+                raise run.interrupted(step.signal)
             if run.finished():
                 break
             if position.step % config.checkpoint_every == 0:
                 run.save()
         return run.end()
+
+
+class Step(NamedTuple):
+    """What all ranks know of one step."""
+
+    weight: float  # items that the loss is a mean over
+    tokens: float
+    seconds: float  # of the run
+    loss: float  # the sum of the passes' losses: not finite where one of them is not
+    signal: int  # that asks to stop, or 0
 
 
 class _Run:
@@ -145,24 +163,24 @@ class _Run:
         valid: Dataset | None,
         config: TrainingConfig,
         folder: RunFolder | None,
-        watch: Callable[[], dict[str, float]] | None,
+        watch: Watch | None,
     ):
-        self.objective, self.data, self.valid = objective, data, valid
+        self.data, self.valid = data, valid
         self.config, self.folder, self.watch = config, folder, watch
         self.device = pick_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.dtype = pick_dtype(config.precision, self.device)
-        objective.to(self.device).train()
+        self.spread = Spread(objective, config, self.device)
+        self.objective = objective = self.spread.objective
+        objective.train()
         self.loss = torch.compile(objective.loss) if config.compile else objective.loss
-        self.optimizer = adamw(
-            objective,
-            lr=config.lr,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        self.weighs = config.accumulate * ranks.count() > 1
+        self.saves = bool(self.spread.sums(float(folder is not None))[0])
+        self.optimizer = optimizer(objective, config)
         self.position, self.best = Position(), dict[str, Tensor]()
+        saving = config.checkpoints, config.keep_every, config.async_save
+        self.saver = Saver(folder.checkpoints if folder else None, *saving)
         self._resume()
         path = folder.path if folder else None
         self.metrics = Rows(path and path / "metrics.jsonl", self.position.metrics_bytes)
@@ -176,26 +194,37 @@ class _Run:
 
     def _resume(self) -> None:
         found = load_newest(self.folder.checkpoints) if self.folder else None
+        found = self.spread.restored(found)
         if found is None:
             return
-        assert self.folder is not None
-        load_weights(self.objective, found.weights, str(self.folder.checkpoints))
+        where = str(self.folder.checkpoints) if self.folder else "the first rank's checkpoint"
+        load_weights(self.objective, found.weights, where)
         load_optimizer(self.objective, self.optimizer, found.optimizer)
-        self.best = found.best or {}
-        self.position = position = Position(**found.state)
+        try:
+            self.position = position = from_mapping(Position, found.state, "state.json")
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if not ranks.first():  # the first holds the sums of all
+            position.sums, position.weight = {}, 0.0
+        if self.config.keep == "best":
+            self.best = {k: v.clone() for k, v in (found.best or {}).items()}
+            if found.best is None:  # the run was begun with keep = "last": the best begins here
+                position.best_loss = None
         # a prolonged budget is looked at as often as one that was so long from the beginning
         due = 1 + int(position.progress(self.config) * self.config.evaluations + 1e-9)
         position.evaluations = min(position.evaluations, due)
-        console.say(f"resuming {self.folder.path} at step {self.position.step}")
+        if self.folder is not None:
+            console.say(f"resuming {self.folder.path} at step {self.position.step}")
 
     def fetch(self) -> Iterator[list[Batch]]:
         """Batches from the current step on, built one step ahead in a thread of their own."""
         order = Order(len(self.data), self.config.seed)
         numbers = Batches(order, self.config.batch_size, self.data.lengths)
-        accumulate = self.config.accumulate
+        accumulate, share = self.config.accumulate, self.spread.share
 
         def load(step: int) -> list[Batch]:
-            return [self.data.batch(numbers[step * accumulate + i]) for i in range(accumulate)]
+            passes = [numbers[step * accumulate + i] for i in share.passes]
+            return [self.data.batch(examples[share.rows]) for examples in passes]
 
         with ThreadPoolExecutor(1, thread_name_prefix="data") as executor:
             ahead = executor.submit(load, self.position.step)
@@ -219,7 +248,8 @@ class _Run:
             for i in starts
         )
         seed_layers(self.config.seed, "refresh", step)  # dropout, if it leaves that switched on
-        self.objective.refresh(batches, self._generator("refresh", step))
+        generator = self._generator("refresh", step)
+        self.spread.look(lambda: self.objective.refresh(batches, generator))
 
     def set_learning_rate(self) -> None:
         """The rate of this step, from the share of the budget that is spent."""
@@ -247,34 +277,50 @@ class _Run:
         done = self.position.step + 1
         return max(done, round(done / max(self.position.progress(self.config), 1e-3)))
 
-    def forward_backward(self, micro: int, batch: Batch) -> Output:
-        """Forward and backward of one micro-batch."""
-        step = self.position.step
-        seed_layers(self.config.seed, "dropout", step, micro)
-        with autocast(self.device, self.dtype):
-            output = self.loss(to_device(batch, self.device), self._generator("loss", step, micro))
-        scaled = output.loss * output.weight if self.config.accumulate > 1 else output.loss
+    def forward_backward(self, place: int, batch: Batch) -> Output:
+        """Forward and backward of one of this rank's passes."""
+        share = self.spread.share
+        numbers = (self.position.step, share.passes[place], *share.seeds)
+        seed_layers(self.config.seed, "dropout", *numbers)
+        generator = self._generator("loss", *numbers)
+
+        def forward() -> Output:
+            with autocast(self.device, self.dtype):
+                return self.loss(to_device(batch, self.device), generator)
+
+        output = self.spread.compute(forward, last=place == len(share.passes) - 1)
+        scaled = output.loss * output.weight if self.weighs else output.loss
         scaled.backward()
         return output
 
-    def average_gradient(self, outputs: list[Output]) -> float:
-        """Turns the sum over micro-batches into a mean over items; gives the number of items."""
-        weight = float(sum(float(output.weight) for output in outputs))
-        if len(outputs) > 1:
-            for parameter in self.objective.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.div_(max(weight, 1.0))
-        return weight
+    def agree(self, outputs: list[Output], batches: list[Batch], signals: guard.Signals) -> Step:
+        """What ranks have to know of each other, in one message."""
+        clock = time.monotonic() - self.started if ranks.first() else 0.0
+        weight, tokens, seconds, loss, signum = self.spread.sums(
+            sum(float(output.weight) for output in outputs),
+            sum(map(_num_tokens, batches)),
+            clock * self.config.tensor_parallel,
+            sum(float(output.loss.detach()) for output in outputs),
+            0 if signals.received is None else signals.received,
+        )
+        if signum and self.spread.world > 1:  # some or all of them were told
+            signum = signal.SIGTERM if signals.received is None else signals.received
+        return Step(weight, tokens, seconds, loss, int(signum))
 
-    def is_finite(self, outputs: list[Output], norm: float) -> bool:
+    def average_and_clip(self, step: Step) -> float:
+        """Makes the gradient a mean over items; gives its norm before clipping."""
+        if self.weighs:
+            self.spread.average(step.weight)
+        return float(self.spread.clip(self.config.clip))
+
+    def is_finite(self, step: Step, norm: float) -> bool:
         """Whether this step may touch the weights; counts it or stops the run if not."""
-        losses = [float(output.loss.detach()) for output in outputs]
-        if all(map(math.isfinite, [norm, *losses])):
+        if math.isfinite(norm) and math.isfinite(step.loss):
             return True
         self.position.skipped += 1
         if self.config.nonfinite == "stop":
             raise DivergedError(
-                f"step {self.position.step}: loss {losses[0]}, gradient norm {norm}: not finite. "
+                f"step {self.position.step}: loss {step.loss}, gradient norm {norm}: not finite. "
                 "The weights were left as they were. Resume with a lower training.lr or "
                 "training.clip, in float32 (training.precision), or pass over such steps "
                 "(training.nonfinite='skip')."
@@ -282,24 +328,37 @@ class _Run:
         console.warn(f"step {self.position.step}: loss or gradient is not finite; step passed over")
         return False
 
-    def count(self, outputs: list[Output], weight: float, norm: float) -> None:
-        """Adds this step to the sums of the next row."""
+    def count(self, outputs: list[Output], norm: float) -> None:
+        """Adds this rank's part of the step to the sums of the next row."""
         sums = self.position.sums
         for output in outputs:
             share = float(output.weight)
             for name, value in (("loss", output.loss), *output.metrics.items()):
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-        sums["gradient_norm"] = sums.get("gradient_norm", 0.0) + norm * weight
-        self.position.weight += weight
+            sums["gradient_norm"] = sums.get("gradient_norm", 0.0) + norm * share
+            self.position.weight += share
 
-    def advance(self, batches: list[Batch]) -> None:
+    def gather_sums(self) -> None:
+        """Brings the sums of all ranks to the first."""
+        if self.spread.world == 1:
+            return
+        sums = self.position.sums
+        names = list(sums)
+        found = self.spread.sums(self.position.weight, *(sums[name] for name in names))
+        first = float(ranks.first())
+        self.position.weight = found[0] * first
+        self.position.sums = {k: v * first for k, v in zip(names, found[1:], strict=True)}
+
+    def advance(self, step: Step) -> None:
         """One step further."""
         self.position.step += 1
-        self.position.tokens += sum(map(_num_tokens, batches))
-        self.position.seconds = time.monotonic() - self.started
+        self.position.tokens += int(step.tokens)
+        self.position.seconds = step.seconds
+        self.saver.check()
 
     def log(self, bar: console.Progress) -> None:
         """One row of metrics, one of speed, one line for people."""
+        self.gather_sums()
         position, now = self.position, time.monotonic()
         means = {k: v / max(position.weight, 1.0) for k, v in position.sums.items()}
         counts = {"lr": self.learning_rate, "tokens": position.tokens, "skipped": position.skipped}
@@ -343,10 +402,7 @@ class _Run:
         position = self.position
         self.objective.eval()
         try:
-            with autocast(self.device, self.dtype):
-                row = evaluate(self.objective, self.valid, self.config, self.device)
-            if self.watch is not None:
-                row |= self.watch()
+            row = self.spread.look(self._look)
         finally:
             self.objective.train()
         position.evaluations = 1 + int(
@@ -366,6 +422,12 @@ class _Run:
             health = row["effective_rank"], row["spread"]
             self._warn("collapse", guard.collapse_warning(*health, progress))
 
+    def _look(self) -> dict[str, float]:
+        assert self.valid is not None
+        with autocast(self.device, self.dtype):
+            row = evaluate(self.objective, self.valid, self.config, self.device)
+        return row if self.watch is None else row | self.watch(self.objective)
+
     def _warn(self, kind: str, text: str | None) -> None:
         if text is None or any(w.startswith(f"{kind}: ") for w in self.position.warnings):
             return
@@ -381,25 +443,25 @@ class _Run:
         return impatient or self.position.progress(self.config) >= 1
 
     def save(self) -> None:
-        """A checkpoint of this step; nothing without a folder."""
-        if self.folder is None:
+        """A checkpoint of this step, or its beginning; nothing without a folder."""
+        if not self.saves:
             return
+        self.gather_sums()
         self.position.metrics_bytes = self.metrics.flushed_size()
         self.position.speed_bytes = self.speed.flushed_size()
         checkpoint = Checkpoint(
-            weights=self.objective.state_dict(),
-            optimizer=optimizer_tensors(self.objective, self.optimizer),
-            best=self.best or None,
+            weights=self.spread.whole(self.objective.state_dict()),
+            optimizer=self.spread.whole(optimizer_tensors(self.objective, self.optimizer)),
+            best=self.spread.whole(self.best) if self.best else None,
             state=asdict(self.position),
         )
-        save_checkpoint(
-            self.folder.checkpoints, self.position.step, checkpoint, self.config.checkpoints
-        )
+        self.saver.save(self.position.step, checkpoint)
         self.saved_step = self.position.step
 
     def interrupted(self, signum: int) -> Interrupted:
         """Saves, and gives the error that says so."""
         self.save()
+        self.saver.wait()
         name = signal.Signals(signum).name
         where = f"saved in {self.folder.path}; go on with --resume" if self.folder else "not saved"
         return Interrupted(f"{name} at step {self.position.step}: {where}", signum)
@@ -408,13 +470,16 @@ class _Run:
         """The last checkpoint; the best weights if they are the ones to keep."""
         if self.saved_step != self.position.step:
             self.save()
+        self.saver.wait()
         if self.best:
             self.objective.load_state_dict(self.best)
-        self.objective.eval()
+        self.spread.finish()
+        self.spread.given.eval()
         return self.metrics.rows
 
     def close(self) -> None:
-        """Lets the files go, however the run ended."""
+        """Lets the files go, however the run ended, when the save under way is done."""
+        self.saver.close()
         self.metrics.close()
         self.speed.close()
         if self.tensorboard is not None:

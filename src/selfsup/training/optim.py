@@ -5,29 +5,54 @@ import math
 import torch
 from torch import nn
 
-from selfsup.training.config import Schedule
+from selfsup.training.config import Optimizer, Schedule, TrainingConfig
+from selfsup.training.optimizers import adafactor
+from selfsup.training.optimizers.groups import parameter_groups
+from selfsup.training.optimizers.lamb import Lamb
+from selfsup.training.optimizers.lars import Lars
+
+MOMENTS: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    adafactor.Adafactor: {"step", "row", "column", "variance"},
+    Lamb: {"step", "exp_avg", "exp_avg_sq"},
+    Lars: {"momentum_buffer"},
+}
+"""What an optimizer keeps for a parameter."""
+
+
+def optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, over the trainable parameters."""
+    lr, betas = config.lr, (config.betas[0], config.betas[1])
+    groups = parameter_groups(module, config.weight_decay)
+    match config.optimizer:
+        case "adamw":
+            return adamw(
+                module, lr=lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay
+            )
+        case "adafactor":
+            return adafactor.Adafactor(groups, lr=lr, relative_step=config.relative_step)
+        case "lamb":
+            return Lamb(groups, lr=lr, betas=betas, eps=config.eps)
+        case "lars":
+            return Lars(groups, lr=lr, momentum=betas[0])
+
+
+def num_moments(shape: torch.Size, name: Optimizer) -> int:
+    """How many numbers an optimizer keeps for a parameter of this shape.
+
+    >>> [num_moments(torch.Size([30, 20]), name) for name in ("adamw", "lars", "adafactor")]
+    [1200, 600, 50]
+    """
+    if name == "adafactor":
+        return adafactor.num_moments(shape)
+    return (1 if name == "lars" else 2) * shape.numel()
 
 
 def adamw(
     module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters.
-
-    Biases, norms and other vectors are not decayed, as in BERT and GPT-2. A parameter that has the
-    attribute `lr_scale` learns at that many times the rate; each such group says it too.
-    """
-    by_scale: dict[float, list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            by_scale.setdefault(getattr(parameter, "lr_scale", 1.0), []).append(parameter)
-    groups = [
-        {"params": part, "weight_decay": decay, "lr_scale": scale}
-        for scale, trained in by_scale.items()
-        for part, decay in (
-            ([p for p in trained if p.ndim >= 2], weight_decay),
-            ([p for p in trained if p.ndim < 2], 0.0),
-        )
-    ]
+    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters."""
+    groups = parameter_groups(module, weight_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 

@@ -3,8 +3,9 @@
 Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019, arXiv 1902.00751), section 2:
 what a sub-layer gives is projected down, passes an activation, is projected up and added to what
 came in; the sum goes on to the residual sum and the norm of the block. Both matrices begin small
-and not at zero, so the first step starts near the pre-trained model, not quite from it (section
-3.6 and the authors' code: a normal distribution of 1e-3, cut off at two standard deviations).
+and not at zero, so the first step starts near the pre-trained model, not quite from it: as a normal
+distribution that is cut off at two standard deviations, of 1e-3 in the authors' code (section 3.6
+has 1e-2, and finds that anything below does as well).
 
 `houlsby` puts one behind every attention, a decoder's cross-attention included, and one behind
 every feed-forward layer. `pfeiffer` puts one behind the feed-forward layer alone, the place that

@@ -6,10 +6,10 @@ the classes are; the student learns them beside the labels:
 
     (1 - alpha) * cross entropy of the label + alpha * T^2 * KL(teacher at T || student at T)
 
-T^2 keeps the size of the gradient (section 2.1). For regression both parts are squared errors, of
+T^2 keeps the size of the gradient (section 2). For regression both parts are squared errors, of
 the label and of the teacher's value, and there is no temperature. An item without a label is taught
 by the teacher alone, with the whole weight. Two more losses, off by default, let the student's
-layers follow the teacher's (TinyBERT, Jiao et al. 2019, arXiv 1909.10351, section 4.1): squared
+layers follow the teacher's (TinyBERT, Jiao et al. 2019, arXiv 1909.10351, section 3.1): squared
 differences of hidden states, through a learned projection where widths differ, and of attention
 scores before the softmax. Its layer m follows the teacher's layer m * teacher's layers / its own
 (their "uniform" map), and the embeddings each other.
@@ -20,7 +20,8 @@ positions.
 Deviations from TinyBERT:
 - All losses are minimised together; there the layers learn first, then the predictions.
 - The squared differences of scores are means over pairs of real positions; there padding counts.
-- The projection is one for all layers.
+- The projection is one for all layers and the embeddings, as in the authors' code; the paper gives
+  the embeddings their own (equation 9).
 - Batches weigh by their items, not by the positions that the losses of the layers are means over.
 """
 
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from selfsup.batch import Batch
 from selfsup.errors import ConfigError
+from selfsup.methods.ops import soft_loss
 from selfsup.models.attention import Attention
 from selfsup.models.attention_scores import attention_scores
 from selfsup.models.encoder import Encoder, Features
@@ -67,17 +69,6 @@ class Config:
         for name in ("hidden_weight", "attention_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-
-def soft_loss(
-    student: Float[Tensor, "*item classes"],
-    teacher: Float[Tensor, "*item classes"],
-    temperature: float,
-) -> Float[Tensor, "*item"]:
-    """T^2 * KL(teacher || student) of the softened probabilities (nats), in float32."""
-    said = (teacher.float() / temperature).log_softmax(-1)
-    guess = (student.float() / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(guess, said, reduction="none", log_target=True).sum(-1)
 
 
 def layers_followed(teacher: int, student: int) -> tuple[int, ...]:

@@ -2,11 +2,12 @@
 
 Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification" (2018, arXiv
 1801.06146), section 3.2, "discriminative fine-tuning": the rate of each layer is that of the layer
-above it times a factor. ELECTRA (Clark et al. 2020, arXiv 2003.10555, appendix) fine-tunes with 0.8
-to 0.9 so.
+above it times a factor. ELECTRA (Clark et al. 2020, arXiv 2003.10555) is fine-tuned so, with 0.8
+and its Large model with 0.9.
 
 The head learns at the rate of the training, the last layer at `factor` times that, the embedding
-below n layers at `factor` to the power n + 1.
+below n layers at `factor` to the power n + 1. In ELECTRA's code all of these but the head have one
+power more.
 """
 
 from dataclasses import dataclass

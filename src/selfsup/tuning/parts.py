@@ -7,7 +7,8 @@ keeps its classes, its weights their names, and all that is new lies in one subm
 transformer asks for itself.
 
 An encoder may carry several sets, one for each task that it was tuned for. `Additions.switch`
-says which set works on which rows of the batches that follow.
+says which set works on which rows of the batches that follow. Beam search and early exits go on
+with other rows than a batch began with; of these only sets that work on all rows know what to do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,19 +70,23 @@ class Additions(nn.ModuleDict):
     """
 
     active: tuple[tuple[str, Rows], ...] = ()
+    num_rows: int | None = None  # of the batches whose rows `active` numbers, once one was seen
 
     def switch(self, *active: tuple[str, Rows] | str) -> None:
-        """Names the sets at work from now on, each for all rows or for some."""
+        """Names the sets at work from now on, each for all rows or for some.
+
+        Where one is for some, all batches up to the next switch have the same number of rows.
+        """
         chosen = [(one, None) if isinstance(one, str) else one for one in active]
         for name, _ in chosen:
             if name not in self:
                 raise ConfigError(f"no additions are called {name!r}; there are {', '.join(self)}")
-        self.active = tuple(chosen)
+        self.active, self.num_rows = tuple(chosen), None
 
     def at(self, place: str, x: Tensor, y: Tensor) -> Tensor:
         """The output `y` of the module at a place, changed by the active parts there."""
         copied = False
-        for rows, part in self.working(place):
+        for rows, part in self.working(place, len(y)):
             if part.on_input:
                 continue
             if rows is None:
@@ -97,7 +102,7 @@ class Additions(nn.ModuleDict):
 
     def before(self, place: str, x: Tensor) -> Tensor:
         """What the module at a place reads instead of `x`."""
-        for rows, part in self.working(place):
+        for rows, part in self.working(place, len(x)):
             if not part.on_input:
                 continue
             if rows is None:
@@ -106,11 +111,27 @@ class Additions(nn.ModuleDict):
                 x = x.index_copy(0, rows, part(x[rows], x[rows]))
         return x
 
-    def working(self, place: str) -> Iterator[tuple[Rows, Any]]:
-        """The active parts at one place, and on which rows."""
+    def working(self, place: str, num_rows: int) -> Iterator[tuple[Rows, Any]]:
+        """The active parts at one place, and on which rows of a batch of so many.
+
+        Raises:
+            ConfigError: sets were switched on for rows of a batch of another size.
+        """
         for name, rows in self.active:
+            if rows is not None:
+                self._check_rows(num_rows)
             for part in self.parts(name, place):
                 yield rows, part
+
+    def _check_rows(self, num_rows: int) -> None:
+        if self.num_rows is None:
+            self.num_rows = num_rows
+        if num_rows != self.num_rows:
+            raise ConfigError(
+                f"additions were switched on for rows of a batch of {self.num_rows}, and "
+                f"{num_rows} rows came: beam search and early exits change the rows, so give each "
+                "set batches of its own; before a batch of another size switch again"
+            )
 
     def parts(self, name: str, place: str) -> Iterator[Any]:
         """The parts of one set at one place, in the order in which they were added."""

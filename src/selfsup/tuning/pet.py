@@ -23,22 +23,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from selfsup.data.dataset import Preprocessor
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError
-from selfsup.evaluation.adapt import rows_of, score
 from selfsup.randomness import numpy_generator
-from selfsup.tasks.classification import Classification
-from selfsup.training.config import TrainingConfig
-from selfsup.training.folder import RunFolder
-from selfsup.training.loop import train
-from selfsup.tuning.pseudo_labels import (
-    SoftClassification,
-    SoftLabelled,
-    softened,
-    with_pseudo_labels,
-    without_labels,
-)
+from selfsup.tuning.pseudo_labels import softened, with_pseudo_labels
 
 Fit = Callable[[int, int, Labelled], Float[np.ndarray, "items classes"]]
 """Trains a cloze model with a template (its number) and a seed on examples; its scores of all
@@ -57,7 +45,8 @@ class Config:
     temperature: float = 2.0
     """Of the soft labels."""
     generations: int = 1
-    """1: PET. More: iPET, whose paper trains 3 or 4."""
+    """1: PET. More: iPET, whose paper goes on until models see 1,000 examples: 4 from 10 labelled
+    ones, 3 from 50 or 100."""
     growth: float = 5.0
     """By what factor the examples grow from one generation to the next (d)."""
     annotators: float = 0.25
@@ -200,35 +189,3 @@ def _examples(
         more = [items[place] for place in places]
         out.append(with_pseudo_labels(labelled, more, said.argmax(1)[places]))
     return out
-
-
-def teach(
-    student: Classification,
-    preprocessor: Preprocessor,
-    labelled: Labelled,
-    items: Sequence[Any],
-    scores: Float[np.ndarray, "items classes"],
-    temperature: float,
-    training: TrainingConfig,
-    *,
-    valid: Labelled | None = None,
-    folder: RunFolder | None = None,
-) -> None:
-    """Trains a classifier on what the models said of the unlabelled items, and on nothing else.
-
-    Args:
-        student: the classifier.
-        preprocessor: of its encoder.
-        labelled: whose classes they are.
-        items: the unlabelled items.
-        scores: of the items.
-        temperature: softens them.
-        training: budget and optimizer.
-        valid: labelled examples whose metric is followed.
-        folder: where the run is kept.
-    """
-    data = rows_of(student, preprocessor, without_labels(items, labelled, "classification"))
-    objective = SoftClassification(student, temperature)
-    held_out = rows_of(student, preprocessor, valid) if valid else None
-    watch = (lambda: {"score": score(student, held_out)}) if held_out else None
-    train(objective, SoftLabelled(data, scores), held_out, training, folder, "distilling", watch)

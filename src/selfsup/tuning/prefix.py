@@ -107,7 +107,7 @@ class Prefixes:
 
     def __call__(self, num_rows: int) -> attention.Prefix | None:
         """Those of all active sets, one behind the other; a row sees those of its own sets."""
-        working = list(self.additions.working(self.place))
+        working = list(self.additions.working(self.place, num_rows))
         if not working:
             return None
         of_layers = zip(*(part.layers() for _, part in working), strict=True)

@@ -131,7 +131,9 @@ def layers_to_drop(strategy: str, count: int, num_layers: int) -> list[int]:
 
     Args:
         strategy: top: the last ones, which the paper finds best; alternate: every other one, from
-            the last one downward; symmetric: those in the middle; bottom: the first ones.
+            the last one downward (where the layers are even in number its "even alternate");
+            symmetric: those in the middle; bottom: the first ones. Its "odd alternate" and
+            "contribution-based" dropping are left out.
         count: how many.
         num_layers: of how many.
 

@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from selfsup.batch import Batch
-from selfsup.data.dataset import LabelledDataset, Preprocessor
+from selfsup.data.dataset import LabelledDataset
 from selfsup.data.labels import Labelled
-from selfsup.evaluation.adapt import answers, rows_of
+from selfsup.methods.ops import soft_loss
 from selfsup.objective import Output, Predictions, Task
 from selfsup.tasks.classification import Classification
-from selfsup.tuning.distillation import soft_loss
 
 
 @final
@@ -90,16 +89,6 @@ def without_labels(items: Sequence[Any], like: Labelled, task: str) -> Labelled:
     """Items of the same classes as `like`; their labels only fill the place."""
     filler = [like.names[0]] * len(items)
     return Labelled(task, list(items), filler, like.names, "unlabelled items")
-
-
-def class_scores(
-    task: Task, preprocessor: Preprocessor, labelled: Labelled
-) -> Float[np.ndarray, "items classes"]:
-    """The logarithm of the probability that a task gives to each class of each item, float64."""
-    rows = rows_of(task, preprocessor, labelled)
-    nothing = np.zeros((len(labelled), len(labelled.names)))
-    _, shares = answers(task, SoftLabelled(rows, nothing))
-    return np.log(np.maximum(np.stack(shares).astype(np.float64), np.finfo(np.float32).tiny))
 
 
 def softened(

@@ -1,13 +1,14 @@
 """R-Drop: two passes through the same dropout give two answers, which are drawn together.
 
-Liang et al., "R-Drop: Regularized Dropout for Neural Networks" (2021, arXiv 2106.14448), equations
-2 to 4: every batch is read twice, and beside both cross entropies stands the Kullback-Leibler
-divergence of the two predictions, each way.
+Liang et al., "R-Drop: Regularized Dropout for Neural Networks" (2021, arXiv 2106.14448): every
+batch is read twice, and beside both cross entropies stands the Kullback-Leibler divergence of the
+two predictions, a mean of both ways.
 
 Axes: item: an example, or for tagging a word; classes.
 
-Deviation, as in the authors' code: the mean of the two cross entropies is taken, not their sum, so
-`alpha` weighs twice as much as in equation 4, and the learning rate keeps its meaning.
+Deviation: the mean of the two cross entropies is taken, as in the example of the authors' README,
+and not their sum, as in the paper and in their training code. So `alpha` weighs twice as much, and
+the learning rate keeps its meaning. The default is that of their code for sentences.
 """
 
 from dataclasses import dataclass

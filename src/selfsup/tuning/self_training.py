@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from selfsup.data.dataset import Preprocessor
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError, DataError
 from selfsup.objective import Task
-from selfsup.tuning.pseudo_labels import class_scores, confident, with_pseudo_labels, without_labels
+from selfsup.tuning.pseudo_labels import confident, with_pseudo_labels, without_labels
 
 Train = Callable[[Labelled, int], Task]
 """Trains a new classifier on examples; the number is that of the round, from 0."""
+Score = Callable[[Task, Labelled], Float[np.ndarray, "items classes"]]
+"""The logarithm of the probability that a classifier gives to each class of each item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def taken(
 
 def self_train(
     train: Train,
-    preprocessor: Preprocessor,
+    score: Score,
     labelled: Labelled,
     items: Sequence[Any],
     config: Config,
@@ -84,7 +85,7 @@ def self_train(
 
     Args:
         train: makes a classifier; it must not go on from the one before.
-        preprocessor: of the encoder.
+        score: says what it thinks of items.
         labelled: examples with labels, always learned.
         items: examples without.
         config: see there.
@@ -106,7 +107,7 @@ def self_train(
     pool = without_labels(items, labelled, labelled.task)
     before: bytes | None = None
     for number in range(1, config.rounds + 1):
-        scores = class_scores(task, preprocessor, pool)
+        scores = score(task, pool)
         chosen, guess = taken(scores, config.threshold, config.balanced), scores.argmax(1)
         places = np.flatnonzero(chosen)
         rounds.append(_told(labelled, guess, places, truth))

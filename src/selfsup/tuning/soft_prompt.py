@@ -72,7 +72,7 @@ class Prompts:
 
         Rows of shorter prompts, or of none, are padded on the left: (batch, longest + time, width).
         """
-        working = list(self.additions.working(self.place))
+        working = list(self.additions.working(self.place, len(vectors)))
         lengths = torch.zeros(len(vectors), dtype=torch.long)
         for rows, part in working:
             lengths[slice(None) if rows is None else rows.cpu()] += len(part.vectors)

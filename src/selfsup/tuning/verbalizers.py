@@ -1,7 +1,7 @@
 """Words for the classes of a cloze, searched for with the labelled examples.
 
-LM-BFF (Gao, Fisch and Chen, 2020, arXiv 2012.15723, section 5.1). For each class the `candidates`
-words are kept that the pre-trained model puts into the blanks of its examples, by the sum of their
+LM-BFF (Gao, Fisch and Chen, 2020, arXiv 2012.15723). For each class the `candidates` words are kept
+that the pre-trained model puts into the blanks of its examples, by the sum of their
 log-probabilities; of all ways to give each class one of these, the `kept` that label the training
 examples best as they are, without training. A ranking on held-out examples, by any measure (the
 paper fine-tunes with each), then decides.
@@ -27,7 +27,6 @@ from selfsup.data.labels import Labelled, label_numbers
 from selfsup.data.templates import with_words
 from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import DataError
-from selfsup.evaluation.adapt import rows_of
 from selfsup.tasks.cloze import Cloze
 from selfsup.training.device import to_device
 
@@ -136,7 +135,7 @@ def search(
         preprocessor: of its encoder.
         labelled: the training examples.
         candidates: words that are tried for each class.
-        kept: ways that are measured.
+        kept: ways that are measured; the authors measure 100.
         measure: ranks them; None: in the order in which they label the training examples, by 1,
             1/2, 1/3...
 
@@ -144,7 +143,7 @@ def search(
         DataError: a class has no example, or no way is left.
     """
     tokenizer, text = preprocessor.tokenizer, task.config.template
-    rows: Any = rows_of(task, preprocessor, labelled.take([0]))
+    rows = preprocessor.labelled(labelled.take([0]), **task.row_options)
     allowed, spelled = (
         whole_words(tokenizer, rows.query.lead("label")),
         tokenizer.vocabulary.spellings,

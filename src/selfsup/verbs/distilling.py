@@ -1,6 +1,5 @@
 """Distilling a fine-tuned run into a smaller one: the teacher's answers, and perhaps more texts."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -11,10 +10,9 @@ import torch
 from selfsup import config as configuration
 from selfsup import console, registry
 from selfsup.batch import Batch
-from selfsup.data import label_files
 from selfsup.data.dataset import LabelledDataset
 from selfsup.data.labels import Labelled
-from selfsup.errors import ConfigError, DataError, nearest
+from selfsup.errors import ConfigError, nearest
 from selfsup.evaluation.adapt import default_training, new_task, rows_of, score
 from selfsup.model_folder import Model, build_encoder, load_model, save_model
 from selfsup.models.encoder import Encoder
@@ -27,10 +25,9 @@ from selfsup.training.config import TrainingConfig
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 from selfsup.tuning import distillation
+from selfsup.verbs.unlabelled import Sources, read_unlabelled
 
 SECTIONS = ("model", "task", "training", "distillation")
-TAGGED = (".conllu", ".conll", ".bio", ".bmes")
-"""Files whose words may be read without their tags."""
 
 
 @final
@@ -68,7 +65,7 @@ def distill(
     student: str | Path | None = None,
     layers: int | None = None,
     fresh: bool = False,
-    unlabelled: str | Path | Sequence[str] | None = None,
+    unlabelled: Sources | None = None,
     valid: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     columns: dict[str, Any] | None = None,
@@ -113,7 +110,7 @@ def distill(
     read = registry.module_of(registry.DATA, "data", kind).read_labels
     labelled = read(data, name, names=taught.names or None, **columns)
     valid_data = read(valid, name, names=taught.names or None, **columns) if valid else None
-    extra = _read_unlabelled(taught, unlabelled, labelled, columns) if unlabelled else []
+    extra = read_unlabelled(taught, unlabelled, labelled, columns) if unlabelled else []
     everything = _with_unlabelled(labelled, extra)
     default = default_training(len(everything), encoder.dim, name)
     default = replace(default, evaluations=5 if valid else 0)
@@ -151,7 +148,7 @@ def distill(
         write_run(folder.path, written, training, task, facts, str(data))
         rows = PartlyLabelled(rows_of(task, preprocessor, everything), len(labelled))
         held_out = rows_of(task, preprocessor, valid_data) if valid_data else None
-        watch = (lambda: {"score": score(objective, held_out)}) if held_out else None
+        watch = (lambda trained: {"score": score(trained, held_out)}) if held_out else None
         train(objective, rows, held_out, training, folder, "distilling", watch)
         tunings = {"names": [*base.get("tuning", {}).get("names", ()), "full"]}
         save_model(folder.path / "model", task, {**sections, "tuning": tunings}, preprocessor)
@@ -240,39 +237,3 @@ def _with_unlabelled(labelled: Labelled, items: list[Any]) -> Labelled:
     return replace(
         labelled, items=[*labelled.items, *items], labels=[*labelled.labels, *fillers], groups=()
     )
-
-
-def _read_unlabelled(
-    taught: Model, source: str | Path | Sequence[str], labelled: Labelled, columns: dict[str, Any]
-) -> list[Any]:
-    """Items of the form of the labelled ones: texts, pairs, lists of words, pictures.
-
-    Raises:
-        DataError: nothing is there.
-    """
-    paths = [source] if isinstance(source, str | Path) else list(source)
-    if isinstance(labelled.items[0], tuple):
-        items: list[Any] = [pair for path in paths for pair in _pairs(Path(path), columns)]
-    elif labelled.task == "tagging":
-        tagged = [Path(path) for path in paths if label_files.suffix_of(Path(path)) in TAGGED]
-        items = [list(s.words) for path in tagged for s in label_files.sentences(path)]
-        others = [path for path in paths if Path(path) not in tagged]
-        items += [text.split() for text in _items(taught, others, columns)] if others else []
-    else:
-        items = _items(taught, paths, columns)
-    if not items:
-        raise DataError(f"{', '.join(map(str, paths))}: no unlabelled item is there")
-    return items
-
-
-def _items(taught: Model, paths: list[Any], columns: dict[str, Any]) -> list[Any]:
-    module = registry.module_of(registry.DATA, "data", taught.values["data"]["name"])
-    source = paths[0] if len(paths) == 1 else paths
-    return [item for _, item in module.read_items(source, columns.get("text"), taught.preprocessor)]
-
-
-def _pairs(path: Path, columns: dict[str, Any]) -> list[tuple[str, str]]:
-    names, records = label_files.table(path)
-    a = label_files.find_column(path, names, "text", columns.get("text"))
-    b = label_files.find_column(path, names, "text_b", columns.get("text_b"))
-    return [(str(record.cells[a]), str(record.cells[b])) for record in records]

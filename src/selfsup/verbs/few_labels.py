@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from selfsup import config as configuration
 from selfsup import console, environment, registry
-from selfsup.data import label_files
 from selfsup.data import templates as template_files
 from selfsup.data.labels import Labelled
-from selfsup.errors import ConfigError, DataError, nearest
-from selfsup.evaluation.adapt import default_training, fit, new_task, rows_of, score
+from selfsup.errors import ConfigError, nearest
+from selfsup.evaluation.adapt import (
+    class_scores,
+    default_training,
+    fit,
+    new_task,
+    rows_of,
+    score,
+)
 from selfsup.files import write_json
 from selfsup.model_folder import Model, load_model, save_model
 from selfsup.objective import Objective, Task
@@ -21,13 +28,19 @@ from selfsup.run_start import check_same, write_run
 from selfsup.tasks import classification, cloze
 from selfsup.training.config import TrainingConfig
 from selfsup.training.folder import RunFolder
+from selfsup.training.loop import train
 from selfsup.tuning import pet as patterns
 from selfsup.tuning import self_training, verbalizers
-from selfsup.tuning.pseudo_labels import class_scores, softened, without_labels
+from selfsup.tuning.pseudo_labels import (
+    SoftClassification,
+    SoftLabelled,
+    softened,
+    without_labels,
+)
+from selfsup.verbs.unlabelled import Sources, read_unlabelled
 
 Settings = dict[str, Any]
 Columns = dict[str, Any]
-SOURCES = str | Path | Sequence[str]
 
 
 def zero_shot(
@@ -65,7 +78,7 @@ def pet(
     run: str | Path,
     templates: Sequence[str | Path],
     data: str | Path,
-    unlabelled: SOURCES,
+    unlabelled: Sources,
     out: str | Path,
     *,
     valid: str | Path | None = None,
@@ -103,7 +116,7 @@ def pet(
     base, columns = load_model(run), columns or {}
     labelled = _read(base, data, columns)
     held_out = _read(base, valid, columns, labelled.names) if valid else None
-    items = read_unlabelled(base, unlabelled, isinstance(labelled.items[0], tuple), columns)
+    items = read_unlabelled(base, unlabelled, labelled, columns)
     defaults = {"cloze_training": _training(base, len(labelled), False)}
     defaults |= {"training": _training(base, len(items), bool(valid))}
     values = _sections(settings, {"pet": {}, "cloze": {}, "task": {}, **defaults})
@@ -143,7 +156,7 @@ def pet(
         training = _config(TrainingConfig, values, "training")
         student = _classifier(base, values, labelled, training.seed)
         write_run(folder.path, {**sections, **extra}, training, student, facts, str(data))
-        patterns.teach(
+        _teach(
             *(student, preprocessor, labelled, items, said.scores, config.temperature, training),
             valid=held_out,
             folder=folder,
@@ -172,7 +185,7 @@ def pet(
 def self_train(
     run: str | Path,
     data: str | Path,
-    unlabelled: SOURCES,
+    unlabelled: Sources,
     out: str | Path,
     *,
     valid: str | Path | None = None,
@@ -199,7 +212,7 @@ def self_train(
     base, columns = load_model(run), columns or {}
     labelled = _read(base, data, columns)
     held_out = _read(base, valid, columns, labelled.names) if valid else None
-    items = read_unlabelled(base, unlabelled, isinstance(labelled.items[0], tuple), columns)
+    items = read_unlabelled(base, unlabelled, labelled, columns)
     default = {"training": _training(base, len(labelled), bool(valid))}
     values = _sections(settings, {"self_training": {}, "task": {}, **default})
     config = _config(self_training.Config, values, "self_training")
@@ -222,7 +235,10 @@ def self_train(
             fit(task, preprocessor, examples, this, valid=held_out, title=title)
             return task
 
-        task, rounds = self_training.self_train(train_one, preprocessor, labelled, items, config)
+        def scores_of(task: Task, some: Labelled) -> np.ndarray:
+            return class_scores(task, preprocessor, some)
+
+        task, rounds = self_training.self_train(train_one, scores_of, labelled, items, config)
         write_run(folder.path, {**sections, **extra}, training, task, facts, str(data))
         save_model(folder.path / "model", task, sections, preprocessor)
         record = {**configuration.to_mapping(config), **facts, "rounds": rounds}
@@ -233,30 +249,36 @@ def self_train(
     return folder.path
 
 
-def read_unlabelled(model: Model, source: SOURCES, paired: bool, columns: Columns) -> list[Any]:
-    """Items of the form of the labelled ones: what the kind of data reads, or pairs of texts.
+def _teach(
+    student: classification.Classification,
+    preprocessor: Any,
+    labelled: Labelled,
+    items: Sequence[Any],
+    scores: Float[np.ndarray, "items classes"],
+    temperature: float,
+    training: TrainingConfig,
+    *,
+    valid: Labelled | None = None,
+    folder: RunFolder | None = None,
+) -> None:
+    """Trains a classifier on what models said of the unlabelled items, and on nothing else.
 
-    Raises:
-        DataError: nothing is there.
+    Args:
+        student: the classifier.
+        preprocessor: of its encoder.
+        labelled: whose classes they are.
+        items: the unlabelled items.
+        scores: of the items.
+        temperature: softens them.
+        training: budget and optimizer.
+        valid: labelled examples whose metric is followed.
+        folder: where the run is kept.
     """
-    paths = [source] if isinstance(source, str | Path) else list(source)
-    items: list[Any] = []
-    if paired:
-        for path in map(Path, paths):
-            names, records = label_files.table(path)
-            first, second = (
-                label_files.find_column(path, names, what, columns.get(what))
-                for what in ("text", "text_b")
-            )
-            items += [(str(r.cells[first]), str(r.cells[second])) for r in records]
-    else:
-        module = registry.module_of(registry.DATA, "data", model.values["data"]["name"])
-        given = paths[0] if len(paths) == 1 else paths
-        found = module.read_items(given, columns.get("text"), model.preprocessor)
-        items = [item for _, item in found]
-    if not items:
-        raise DataError(f"{', '.join(map(str, paths))}: no unlabelled item is there")
-    return items
+    data = rows_of(student, preprocessor, without_labels(items, labelled, "classification"))
+    objective = SoftClassification(student, temperature)
+    held_out = rows_of(student, preprocessor, valid) if valid else None
+    watch = (lambda trained: {"score": score(trained.student, held_out)}) if held_out else None
+    train(objective, SoftLabelled(data, scores), held_out, training, folder, "distilling", watch)
 
 
 def _best_words(

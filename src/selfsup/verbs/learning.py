@@ -1,14 +1,16 @@
 """Learning: an encoder from unlabeled data, a task from labels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from selfsup import config as configuration
-from selfsup import console, registry
-from selfsup.config import run_config, run_values
+from selfsup import console, ranks, registry
+from selfsup.config import RunConfig, run_config, run_values
 from selfsup.data.corpora import MixedRows
+from selfsup.data.dataset import Prepared
 from selfsup.errors import ConfigError, nearest
 from selfsup.evaluation import (
     anomaly,
@@ -16,7 +18,7 @@ from selfsup.evaluation import (
     frozen,
     showcase,
 )
-from selfsup.evaluation.adapt import default_training, fit, new_task, rows_of
+from selfsup.evaluation.adapt import default_training, fit, new_task, num_rows, rows_of
 from selfsup.evaluation.gallery import gallery
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Base, Model, joined, load_model, save_model
@@ -32,9 +34,10 @@ from selfsup.run_start import (
 )
 from selfsup.tasks.classification import Classification
 from selfsup.training.config import TrainingConfig
+from selfsup.training.distributed import machines_turn, processes
 from selfsup.training.evaluate import evaluate_corpora
 from selfsup.training.folder import RunFolder
-from selfsup.training.loop import train
+from selfsup.training.loop import Watch, train
 from selfsup.tuning.choice import Tuning
 from selfsup.tuning.parts import trained
 
@@ -43,6 +46,7 @@ SHOWN = {"fills": showcase.fills, "samples": showcase.samples, "pictures": galle
 """Files of a run that people look at: each is written where there is something to show."""
 
 
+@processes()
 def pretrain(
     recipe: str | Path,
     data: str | Path | Sequence[str],
@@ -68,59 +72,76 @@ def pretrain(
     """
     values = configuration.overridden(configuration.recipe_values(recipe), settings or {})
     config = run_config(values)
-    folder = RunFolder(Path(out), resume)
-    try:
-        sections = {k: v for k, v in run_values(config).items() if k in KEPT}
-        if resume:
-            check_same(folder.path, sections, {})
-        data_module = registry.module_of(registry.DATA, "data", config.data_name)
+    with _folder(out, resume) as folder:
+        objective, prepared = _pretrain(config, data, folder, resume)
+        if folder is not None:
+            with ranks.alone():
+                _write_pretrained(config, objective, prepared, folder.path)
+    return Path(out)
+
+
+@contextmanager
+def _folder(out: str | Path, resume: bool) -> Iterator[RunFolder | None]:
+    """The run folder, for the first rank alone."""
+    if not ranks.first():
+        yield None
+        return
+    with closing(RunFolder(Path(out), resume)) as folder:
+        yield folder
+
+
+def _pretrain(
+    config: RunConfig, data: Any, folder: RunFolder | None, resume: bool
+) -> tuple[Objective, Prepared]:
+    """Prepares the data and trains; the first rank alone has a folder."""
+    sections = {k: v for k, v in run_values(config).items() if k in KEPT}
+    if resume and folder:
+        check_same(folder.path, sections, {})
+    data_module = registry.module_of(registry.DATA, "data", config.data_name)
+    with machines_turn():
         prepared = data_module.prepare(config.data, data)
-        if resume:
-            check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
-        method = registry.resolve(registry.METHODS, "method", config.method_name)
-        check_fields(config, method.fields, prepared.train.fields)
-        objective = build_method(config, prepared.spec)
-        check_fields(config, objective.fields, prepared.train.fields)  # it may want more
+    if resume and folder:
+        check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
+    method = registry.resolve(registry.METHODS, "method", config.method_name)
+    check_fields(config, method.fields, prepared.train.fields)
+    objective = build_method(config, prepared.spec)
+    check_fields(config, objective.fields, prepared.train.fields)  # it may want more
+    if folder:
         source = [str(d) for d in data] if isinstance(data, list | tuple) else str(data)
-        write_run(
-            folder.path, run_values(config), config.training, objective, prepared.facts, source
-        )
+        facts = prepared.facts
+        write_run(folder.path, run_values(config), config.training, objective, facts, source)
         say_start(config, objective, prepared)
-        watch = frozen.online_probe(objective, prepared.train, prepared.valid)
-        watch = watch or _corpus_losses(objective, prepared.valid, config.training)
-        train(
-            objective,
-            prepared.train,
-            prepared.valid,
-            config.training,
-            folder,
-            "pre-training",
-            watch,
-        )
-        model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
-        calibrated = anomaly.calibration(model, prepared.valid)
-        if calibrated:
-            sections |= calibrated
-            written = configuration.read_toml(folder.path / "run.toml")
-            write_text(folder.path / "run.toml", configuration.write_toml(written | calibrated))
-        save_model(folder.path / "model", objective, sections, prepared.preprocessor)
-        for name, show in SHOWN.items():
-            shown = show(model, prepared.valid)
-            if shown:
-                write_json(folder.path / f"{name}.json", shown)
-    finally:
-        folder.close()
-    return folder.path
+    watch = frozen.online_probe(prepared.train, prepared.valid)
+    watch = watch or _corpus_losses(prepared.valid, config.training)
+    more = folder, "pre-training", watch
+    train(objective, prepared.train, prepared.valid, config.training, *more)
+    return objective, prepared
 
 
-def _corpus_losses(
-    objective: Objective, valid: Any, training: TrainingConfig
-) -> Callable[[], dict[str, float]] | None:
+def _write_pretrained(
+    config: RunConfig, objective: Objective, prepared: Prepared, path: Path
+) -> None:
+    """The model folder, and the files that people look at."""
+    sections = {k: v for k, v in run_values(config).items() if k in KEPT}
+    model = Model(objective, prepared.preprocessor, (), sections, config.training.device)
+    calibrated = anomaly.calibration(model, prepared.valid)
+    if calibrated:
+        sections |= calibrated
+        written = configuration.read_toml(path / "run.toml")
+        write_text(path / "run.toml", configuration.write_toml(written | calibrated))
+    save_model(path / "model", objective, sections, prepared.preprocessor)
+    for name, show in SHOWN.items():
+        shown = show(model, prepared.valid)
+        if shown:
+            write_json(path / f"{name}.json", shown)
+
+
+def _corpus_losses(valid: Any, training: TrainingConfig) -> Watch | None:
     """The held-out loss of each corpus while training, where there are several."""
     if not isinstance(valid, MixedRows):
         return None
 
-    def watch() -> dict[str, float]:
+    def watch(objective: Objective) -> dict[str, float]:
         device = next(objective.parameters()).device
         found = evaluate_corpora(objective, valid, training, device)
         return {f"loss_{name}": scores["loss"] for name, scores in found.items()}
@@ -128,6 +149,7 @@ def _corpus_losses(
     return watch
 
 
+@processes()
 def finetune(
     run: str | Path,
     task: str,
@@ -146,7 +168,7 @@ def finetune(
     Args:
         run: a pre-trained run folder.
         task: classification, tagging, regression, span_qa, generation or cloze.
-        data: labelled training file.
+        data: labelled training file; for generation also a mixture of several (`data.mixtures`).
         out: the run folder to make.
         valid: labelled validation file; its metric is followed while training.
         tuning: which parameters move, names of `selfsup list tunings`: "full", "lora",
@@ -165,7 +187,8 @@ def finetune(
     read = registry.module_of(registry.DATA, "data", base.values["data"]["name"]).read_labels
     train_data = read(data, task, **columns)
     valid_data = read(valid, task, names=train_data.names or None, **columns) if valid else None
-    default = default_training(len(train_data), base.encoder.dim, task)
+    preprocessor = base.preprocessor.limited(max_length)
+    default = default_training(num_rows(preprocessor, train_data), base.encoder.dim, task)
     default = replace(default, evaluations=5 if valid else 0)
     values = {"task": {}, "training": configuration.to_mapping(default), "tuning": {}}
     known = tuple(values)
@@ -177,9 +200,7 @@ def finetune(
     module = registry.module_of(registry.TASKS, "task", task)
     task_config = configuration.from_mapping(module.Config, values["task"], "task")
     training = configuration.from_mapping(TrainingConfig, values["training"], "training")
-    preprocessor = base.preprocessor.limited(max_length)
-    folder = RunFolder(Path(out), resume)
-    try:
+    with _folder(out, resume) as folder:
         built = new_task(
             *(base.encoder, task, task_config, train_data),
             tuning=chosen,
@@ -203,30 +224,21 @@ def finetune(
             "training": configuration.to_mapping(training),
         }
         facts = {"labelled_examples": len(train_data)}
-        if resume:
+        if folder and resume:
             same = {k: sections[k] for k in ("model", "task", "labels")}
             check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
         if not chosen.whole:
             moved, every = trained(built)
             console.say(f"{tuning}: {moved:,} of {every:,} parameters train ({moved / every:.2%})")
-        write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
-        fit(
-            built,
-            preprocessor,
-            train_data,
-            training,
-            valid=valid_data,
-            folder=folder,
-        )
-        if valid_data and isinstance(built, Classification) and built.exits is not None:
-            early_exit.calibrate(built, rows_of(built, preprocessor, valid_data))
-        if chosen.whole:  # the base is not needed any more: what it had added is said here
-            tunings = joined(base.values.get("tuning"), chosen.values())
-            save_model(folder.path / "model", built, sections | {"tuning": tunings}, preprocessor)
-        else:
-            tunings, start = chosen.values(), Base(Path(run), base)
-            sections |= {"tuning": tunings}
-            save_model(folder.path / "model", built, sections, preprocessor, start)
-    finally:
-        folder.close()
-    return folder.path
+        if folder:
+            write_run(folder.path, {**sections, **extra}, training, built, facts, str(data))
+        fit(built, preprocessor, train_data, training, valid=valid_data, folder=folder)
+        if folder:
+            with ranks.alone():
+                if valid_data and isinstance(built, Classification) and built.exits is not None:
+                    early_exit.calibrate(built, rows_of(built, preprocessor, valid_data))
+                start = None if chosen.whole else Base(Path(run), base)
+                before = base.values.get("tuning") if chosen.whole else None
+                sections["tuning"] = joined(before, chosen.values())
+                save_model(folder.path / "model", built, sections, preprocessor, start)
+    return Path(out)

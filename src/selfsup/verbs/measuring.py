@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from selfsup.evaluation.across_groups import probe_across_groups
 from selfsup.evaluation.adapt import answers, rows_of
 from selfsup.evaluation.demonstrations import read_parts
 from selfsup.evaluation.metrics import METRICS
+from selfsup.evaluation.targets import part_accuracies
 from selfsup.files import write_json
 from selfsup.model_folder import Model, load_model
 from selfsup.objective import Task
@@ -110,6 +112,8 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
     labelled = data_module.read_labels(data, task, names=known, **columns)
     if task == "tagging":  # another language may have tags of its own
         labelled = with_known_first(labelled, model.names)
+    if labelled.parts:
+        return _evaluate_mixture(model, labelled)
     held_out = rows_of(model.objective, model.preprocessor, labelled)  # type: ignore[arg-type]
     truth, guess = answers(model.objective, held_out)  # type: ignore[arg-type]
     names = {
@@ -125,6 +129,19 @@ def _evaluate_task(model: Model, data: str | Path | None, columns: Columns) -> d
         scores["majority"] = max(Counter(truth).values()) / len(truth)
     if getattr(model.objective, "exits", None) is not None:
         scores["layers"] = float(early_exit.layers_used(model.objective, held_out)[1].mean())  # type: ignore[arg-type]
+    return {"examples": len(labelled), **scores}
+
+
+def _evaluate_mixture(model: Model, labelled: Labelled) -> dict[str, float]:
+    """Accuracy by task, and what the most frequent target of each would score."""
+    found = part_accuracies(model.objective, model.preprocessor, labelled)  # type: ignore[arg-type]
+    targets: dict[str, Counter[str]] = {}
+    for part, target in zip(labelled.parts, labelled.labels, strict=True):
+        targets.setdefault(part.name, Counter())[target] += 1
+    scores = {"accuracy": fmean(found.values())}
+    for name, accuracy in found.items():
+        scores[f"accuracy_{name}"] = accuracy
+        scores[f"majority_{name}"] = max(targets[name].values()) / targets[name].total()
     return {"examples": len(labelled), **scores}
 
 
@@ -297,10 +314,11 @@ def prompt(
     columns: Columns | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Measures in-context learning of a causal language model; writes prompt.json into the run.
+    """Measures in-context learning of a model that writes; writes prompt.json into the run.
 
     Args:
-        run: a `causal_language` run.
+        run: a `causal_language` run, an encoder-decoder, or a run that was fine-tuned for
+            generation (`finetune` with a mixture: zero-shot on tasks that it did not hold).
         template: a named template (`selfsup list templates`), or a text file of your own.
         data: labelled file that demonstrations are drawn from; None: there are none.
         test: labelled file that is scored; by default a quarter is split off `data`.

@@ -26,7 +26,7 @@ from selfsup.data import labels as labelling
 from selfsup.data.dataset import LabelledDataset
 from selfsup.data.labels import Labelled, with_known_first
 from selfsup.errors import CheckpointError, ConfigError, nearest
-from selfsup.evaluation.adapt import default_training, rows_of, score
+from selfsup.evaluation.adapt import default_training, num_rows, rows_of, score
 from selfsup.files import write_json, write_text
 from selfsup.model_folder import Model, load_model, save_model
 from selfsup.models.encoder import Encoder
@@ -199,7 +199,8 @@ def _sparsify(
     folder: RunFolder,
 ) -> None:
     """Trains on with the labels while weights are pruned."""
-    default = default_training(len(labelled), model.encoder.dim, model.values["task"]["name"])
+    count, name = num_rows(model.preprocessor, labelled), model.values["task"]["name"]
+    default = default_training(count, model.encoder.dim, name)
     values = {
         "training": configuration.to_mapping(replace(default, evaluations=0)),
         "pruning": {"share": share, "by": by},

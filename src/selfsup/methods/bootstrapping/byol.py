@@ -93,6 +93,7 @@ class BYOL(Objective):
     """Predicts what the teacher says of the other view; see the module's docstring."""
 
     fields = ("image",)
+    whole_batch = True
 
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()

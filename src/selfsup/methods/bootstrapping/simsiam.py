@@ -74,6 +74,7 @@ class SimSiam(Objective):
     """Predicts the projection of the other view; see the module's docstring."""
 
     fields = ("image",)
+    whole_batch = True
 
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()

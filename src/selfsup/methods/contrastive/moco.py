@@ -109,6 +109,7 @@ class MoCo(Objective):
     """
 
     fields = ("image",)
+    whole_batch = True
     queue: Tensor
     pointer: Tensor
 

@@ -74,6 +74,7 @@ class SimCLR(Objective):
     """Finds the other view of the same picture; see the module's docstring."""
 
     fields = ("image",)
+    whole_batch = True
 
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()

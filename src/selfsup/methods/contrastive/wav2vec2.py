@@ -189,6 +189,7 @@ class Wav2Vec2(Objective):
     """
 
     fields: tuple[str, ...] = ()
+    whole_batch = True
     encoder: RecurrentEncoder | TransformerEncoder
 
     def __init__(

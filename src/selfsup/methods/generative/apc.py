@@ -7,7 +7,7 @@ present one, so the shift decides whether local smoothness will do or what is sp
 
 Axes: batch; time: frames; next = time - shift: positions that have a frame to predict; mel.
 
-Deviations from the paper: the loss is a mean over mel channels too (equation 1: a sum over them).
+Deviations from the paper: the loss is a mean over mel channels too (there: a sum over them).
 The first recurrent layer reads frames through a linear layer (see `models/recurrent.py`), and
 frames are normalised as the data are, by utterance rather than by speaker. A causal transformer may
 take the place of the recurrent network, as in Chung and Glass (2019, arXiv 1910.12607).
@@ -57,7 +57,7 @@ def future_errors(
     mask: Bool[Tensor, "batch time"],
     shift: int,
 ) -> Errors:
-    """The L1 loss (equation 1) and what copying the last known frame would give, in float32.
+    """The L1 loss and what copying the last known frame would give, in float32.
 
     Args:
         predictions: at each position for the frame `shift` steps later.

@@ -10,8 +10,8 @@ Axes: batch; channel; height, width of the picture; grid: height and width of th
 map; position: grid * grid; dim.
 
 Deviations from the paper:
-- The adversarial loss (equation 2) is left out: the authors use it for sharp pictures, and train
-  their features for other tasks without it (section 5.2).
+- The adversarial loss is left out: the authors use it for sharp pictures, and train their features
+  for other tasks without it.
 - The decoder paints the whole picture, not the hidden square alone, so that random blocks need no
   other decoder; what it paints elsewhere is not compared.
 - The error of a picture is the weighted mean over what is compared, so that it does not depend on
@@ -109,13 +109,13 @@ def weighted_errors(
     wanted: Float[Tensor, "batch channel height width"],
     weight: Float[Tensor, "#batch 1 height width"],
 ) -> Float[Tensor, " batch"]:
-    """The weighted mean of each picture's squared errors (equation 1), in float32."""
+    """The weighted mean of each picture's squared errors, in float32."""
     errors = (painted.float() - wanted).square().mean(1, keepdim=True)  # (batch, 1, height, width)
     return (weight * errors).sum((1, 2, 3)) / weight.sum((1, 2, 3))
 
 
 class ChannelwiseLinear(nn.Module):
-    """Mixes the positions of each channel by a matrix of its own (section 3.1).
+    """Mixes the positions of each channel by a matrix of its own.
 
     Args:
         channels: number of matrices.

@@ -2,7 +2,7 @@
 
 `token_mask`, `token_deletion`, `text_infilling`, `sentence_permutation` and `document_rotation` are
 those of Lewis et al., 2019 (arXiv 1910.13461, section 2.2); `sentinel_spans` is Raffel et al., 2019
-(arXiv 1910.10683, section 3.1.4); `mass_spans` is Song et al., 2019 (arXiv 1905.02450, section 3).
+(arXiv 1910.10683, section 3.1.4); `mass_spans` is Song et al., 2019 (arXiv 1905.02450).
 The first five give new rows, and the rows before them are the target; the others give a `Pair`.
 
 Axes: batch; time; written: tokens of a target; vocabulary. Real tokens come first in a row; what

@@ -19,7 +19,8 @@ authors' code.
 Deviations from the paper:
 - The KL divergence is taken at the chosen tokens, in the authors' code by default at every token.
 - The cosine is a mean over ordinary tokens, there over special ones too.
-- Each row has exactly round(mask_rate * its ordinary tokens) chosen tokens.
+- Each row has exactly round(mask_rate * its ordinary tokens) chosen tokens, all equally likely; the
+  authors' code prefers rare ones.
 - Batches weigh by their chosen tokens, also in the mean of cosines.
 
 Reference result: none is recorded yet.
@@ -30,14 +31,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.generative.corruptions import disguised, drawn
-from selfsup.methods.ops import cosine_similarity, frozen, masked_loss, penalised
+from selfsup.methods.ops import cosine_similarity, frozen, masked_loss, penalised, soft_loss
 from selfsup.models.encoder import Encoder, Features
 from selfsup.models.shallower import take_layers
 from selfsup.models.transformer import TransformerEncoder, VocabularyHead
@@ -80,19 +80,6 @@ class Config:
         weights = (self.masked_weight, self.soft_weight, self.hidden_weight)
         if min(weights) < 0 or not sum(weights):
             raise ValueError(f"weights must not be negative, and not all 0, got {weights}")
-
-
-def soft_loss(
-    student: Float[Tensor, "batch slot vocabulary"],
-    teacher: Float[Tensor, "batch slot vocabulary"],
-    real: Bool[Tensor, "batch slot"],
-    temperature: float,
-) -> Float[Tensor, ""]:
-    """Mean of T^2 * KL(teacher || student) over the real slots (nats), in float32."""
-    said = (teacher.float() / temperature).log_softmax(-1)
-    guess = (student.float() / temperature).log_softmax(-1)
-    nats = F.kl_div(guess, said, reduction="none", log_target=True).sum(-1)  # (batch, slot)
-    return temperature**2 * torch.where(real, nats, 0.0).sum() / real.sum().clamp(min=1)
 
 
 def direction_loss(
@@ -204,7 +191,8 @@ class DistilledLanguage(Objective):
         if self.teacher is not None:
             with torch.no_grad():
                 taught, said = _predicted(self.teacher, seen, place)
-            soft = soft_loss(logits, said, real, config.temperature)
+            nats = soft_loss(logits, said, config.temperature)  # (batch, slot)
+            soft = torch.where(real, nats, 0.0).sum() / real.sum().clamp(min=1)
             metrics["soft_loss"] = soft
             loss = config.masked_weight * masked + config.soft_weight * soft
             if config.hidden_weight:

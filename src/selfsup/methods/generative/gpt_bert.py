@@ -48,7 +48,7 @@ class Config:
     """How much is read which way, and what is hidden. Defaults are the paper's."""
 
     causal_share: float = 1 / 16
-    """Share of a batch's rows that are read from left to right; the paper tries 1/16 to 1/2."""
+    """Share of a batch's rows that are read from left to right; the paper tries 1/16 to 15/16."""
     mask_rate: float = 0.3
     """Share of ordinary tokens of the other rows that are predicted, at the beginning."""
     final_mask_rate: float = 0.15

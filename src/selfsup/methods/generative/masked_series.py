@@ -1,8 +1,8 @@
 """Masked patches of a time series are predicted from the others.
 
 Nie, Nguyen, Sinthong and Kalagnanam, "A Time Series is Worth 64 Words: Long-term Forecasting with
-Transformers" (2022, arXiv 2211.14730), section 4.2, which takes the idea from masked autoencoders
-(He et al., 2021, arXiv 2111.06377). A window is cut into patches that do not overlap; a share of
+Transformers" (2022, arXiv 2211.14730), which takes the idea from masked autoencoders (He et al.,
+2021, arXiv 2111.06377). A window is cut into patches that do not overlap; a share of
 them is hidden; a linear head says what stood there, with a squared error. Patches rather than
 single steps, because a single one is nearly the mean of its neighbours.
 

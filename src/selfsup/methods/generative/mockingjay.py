@@ -74,7 +74,7 @@ def corrupt(
     config: Config,
     generator: torch.Generator,
 ) -> Float[Tensor, "batch position width"]:
-    """The frames with chosen ones zero, replaced or kept: one fate per utterance (section 2.2)."""
+    """The frames with chosen ones zero, replaced or kept: one fate per utterance."""
     fate = torch.rand(len(frames), 1, 1, generator=generator, device=frames.device)
     draw = torch.rand(chosen.shape, generator=generator, device=frames.device)
     length = real.sum(1, keepdim=True)  # (batch, 1)

@@ -78,7 +78,7 @@ def label(
 ) -> Int[Tensor, "item codebook"]:
     """The number of the code nearest to each projected vector, both on the unit sphere.
 
-    Equation 1 of the paper. Under autocast too it is computed in float32, or labels would differ.
+    Under autocast too it is computed in float32, or labels would differ.
     """
     with torch.autocast(vectors.device.type, enabled=False):
         found = [

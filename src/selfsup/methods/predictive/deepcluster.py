@@ -108,7 +108,7 @@ def balanced_cross_entropy(
     cluster: Int[Tensor, " batch"],
     weight: Float[Tensor, " clusters"],
 ) -> Float[Tensor, ""]:
-    """Cross entropy (equation 1), each picture weighing as its cluster says; mean over batch."""
+    """Cross entropy, each picture weighing as its cluster says; mean over batch."""
     each = F.cross_entropy(logits.float(), cluster, reduction="none")
     return (weight[cluster] * each).mean()
 
@@ -116,7 +116,7 @@ def balanced_cross_entropy(
 def normalised_mutual_information(
     first: Int[Tensor, " items"], second: Int[Tensor, " items"]
 ) -> Float[Tensor, ""]:
-    """How much two assignments say of each other: 0 nothing, 1 all (equation 3)."""
+    """How much two assignments say of each other: 0 nothing, 1 all."""
     pairs = first * (second.max() + 1) + second
     of_first, of_second, of_both = (
         -(share * share.log()).sum()

@@ -113,7 +113,7 @@ def weighted_cross_entropy(
     target: Int[Tensor, " item"],
     weight: Float[Tensor, " item"],
 ) -> Float[Tensor, ""]:
-    """Mean over the items by their weight (equations 1 and 2); 0 where there is none."""
+    """Mean over the items by their weight (equation 1); 0 where there is none."""
     each = F.cross_entropy(logits, target, reduction="none")
     return (weight * each).sum() / weight.sum().clamp(min=1e-9)
 

@@ -65,7 +65,7 @@ def rotate(
 def rotation_loss(
     logits: Float[Tensor, "turned 4"], turns: Int[Tensor, " turned"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Cross entropy of the turns (equations 2 and 3), and how often the likeliest one is right."""
+    """Cross entropy of the turns, and how often the likeliest one is right."""
     accuracy = (logits.detach().argmax(1) == turns).float().mean()
     return F.cross_entropy(logits.float(), turns), accuracy
 

@@ -93,6 +93,7 @@ class BarlowTwins(Objective):
     """Reduces redundancy between dimensions; see the module's docstring."""
 
     fields = ("image",)
+    whole_batch = True
 
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()

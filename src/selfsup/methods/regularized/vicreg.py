@@ -101,6 +101,7 @@ class VICReg(Objective):
     """Regularises variance, invariance and covariance; see the module's docstring."""
 
     fields = ("image",)
+    whole_batch = True
 
     def __init__(self, config: Config, encoder: Encoder, spec: ImageSpec):
         super().__init__()
