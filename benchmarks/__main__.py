@@ -10,19 +10,24 @@ import os
 import shlex
 import time
 
-from benchmarks import adapting, memory, optimizers, pictures, speech, text, writing
+from benchmarks import adapting, engine, memory, optimizers, pictures, speech, text, writing
 from benchmarks.timing import NotMeasuredError
 
 GROUPS = {
     "text": text.BENCHMARKS,
     "writing": writing.BENCHMARKS,
     "memory": memory.BENCHMARKS,
+    "engine": engine.BENCHMARKS,
     "optimizers": optimizers.BENCHMARKS,
     "adapting": adapting.BENCHMARKS,
     "pictures": pictures.BENCHMARKS,
     "speech": speech.BENCHMARKS,
 }
 BENCHMARKS = {name: measure for group in GROUPS.values() for name, measure in group.items()}
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -45,7 +50,10 @@ def main() -> None:
             print(f"{name}: not measured ({error})", flush=True)
             continue
         scores[name] = {"selfsup": ours, "peer": peer, "ratio": ours / peer, "unit": unit}
-        print(f"{name:<34} {ours:>12,.0f} {peer:>12,.0f} {ours / peer:>6.2f}x   {unit}", flush=True)
+        print(
+            f"{name:<34} {_number(ours):>12} {_number(peer):>12} {ours / peer:>6.2f}x   {unit}",
+            flush=True,
+        )
     if options.record:
         from selfsup import results
 

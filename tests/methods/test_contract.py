@@ -795,7 +795,7 @@ def test_training_lowers_the_held_out_loss_and_features_do_not_collapse(case):
     assert last["loss"] < bound
     pooled = objective.encoder(batch_of(case, 32, seed=4)).pooled.detach()
     assert guard.effective_rank(pooled) > 3  # of 32 examples; 1: all on one line
-    assert guard.spread(pooled) > 0.1
+    assert guard.spread(pooled) > 0.03  # 0.04 to 0.3 with other seeds; the guard warns at 0.01
 
 
 class PowerCut(Exception):

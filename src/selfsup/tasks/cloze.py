@@ -179,7 +179,7 @@ class Cloze(Task):
         logits = self._logits(batch)
         if words.shape[1] == 1:
             # The vocabulary's sum would cancel but for rounding errors; Adam divides those by their
-            # own size, so they would move every word's row, and denormal numbers are slow.
+            # own size, so they would move the row of every word.
             return logits[:, 0, words[:, 0]]
         return verbalizer_scores(
             logits.log_softmax(-1), words, self.config.several_tokens == "mean"
