@@ -245,6 +245,13 @@ def test_overridden_changes_a_copy():
     assert values == {"method": {"mask_rate": 0.1}, "data": {"tokenizer": {"kind": "bpe"}}}
 
 
+def test_a_run_has_one_budget():
+    recipe = {"training": {"steps": 10}}
+    assert overridden(recipe, {"training.minutes": 3})["training"] == {"minutes": 3}
+    with pytest.raises(ConfigError, match=r"training\.steps training\.minutes: .* one budget"):
+        overridden(recipe, {"training.minutes": 3, "training.steps": 5})
+
+
 def test_overridden_needs_a_section():
     with pytest.raises(ConfigError, match=r"give section\.key"):
         overridden({}, {"steps": 3})

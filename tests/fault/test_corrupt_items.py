@@ -54,12 +54,12 @@ def test_pictures(faults, tmp_path, capsys):
 
 
 def sound(number: int) -> bytes:
-    """A WAV of 20 ms at 8 kHz; a bad one is no sound, cut in its header, or empty."""
+    """A WAV of 40 ms at 8 kHz; a bad one is no sound, cut in its header, or empty."""
     draw = np.random.Generator(np.random.PCG64(number))
     file = io.BytesIO()
     with wave.open(file, "wb") as out:
         out.setparams((1, 2, 8000, 0, "NONE", ""))
-        out.writeframes(draw.integers(-9000, 9000, 160, np.int16).tobytes())
+        out.writeframes(draw.integers(-9000, 9000, 320, np.int16).tobytes())
     content = file.getvalue()
     if number not in BAD:
         return content
@@ -72,7 +72,7 @@ def test_sounds(faults, tmp_path, capsys):
     for number in range(ITEMS):
         (folder / f"{number:05d}.wav").write_bytes(sound(number))
     with faults.trial("corrupt sounds", NOTE):
-        config = AudioConfig(rate=8000, features="waveform", min_seconds=0.01)
+        config = AudioConfig(rate=8000, features="waveform", min_seconds=0.03)
         prepared = audio.prepare(config, str(folder), tmp_path / "cache")
         said_and_counted(prepared, capsys.readouterr().err)
 

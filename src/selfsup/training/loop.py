@@ -134,8 +134,9 @@ def train(
                 run.log(bar)
             if run.evaluation_due():
                 run.evaluate()
-            if step.signal:
-                raise run.interrupted(step.signal)
+            asked = signals.received if run.spread.world == 1 else step.signal
+            if asked:
+                raise run.interrupted(asked)
             if run.finished():
                 break
             if position.step % config.checkpoint_every == 0:
@@ -170,6 +171,7 @@ class _Run:
         self.device = pick_device(config.device)
         if self.device.type == "cpu":
             keep_freed_memory()
+            torch.set_flush_denormal(True)  # numbers below 1e-38, which may take half of the time
         self.dtype = pick_dtype(config.precision, self.device)
         self.spread = Spread(objective, config, self.device)
         self.objective = objective = self.spread.objective
@@ -479,6 +481,7 @@ class _Run:
 
     def close(self) -> None:
         """Lets the files go, however the run ended, when the save under way is done."""
+        torch.set_flush_denormal(False)
         self.saver.close()
         self.metrics.close()
         self.speed.close()
