@@ -60,7 +60,7 @@ def test_packed_files_are_unpacked_by_their_names(memory, tmp_path):
 
     parquet.write_table(arrow.table({"text": ["the cat sat", "on the mat"]}), tmp_path / "a")
     memory(
-        c__a_jsonl_gz=gzip.compress(TEXT),
+        c__a_jsonl_gz=gzip.compress(TEXT, mtime=0),
         c__b_jsonl_xz=lzma.compress(TEXT),
         c__c_jsonl_zst=zstandard.compress(TEXT),
         c__d_parquet=(tmp_path / "a").read_bytes(),
@@ -74,7 +74,11 @@ def test_packed_files_are_unpacked_by_their_names(memory, tmp_path):
     [
         ("a_jsonl", b"{", r"memory:///a\.jsonl:1: not JSON"),
         ("a_txt", b"caf\xe9", r"memory:///a\.txt: not UTF-8: byte 3 is 0xe9"),
-        ("a_jsonl_gz", gzip.compress(TEXT * 99)[:-20], r"a\.jsonl\.gz: cannot be read .*cut off"),
+        (
+            "a_jsonl_gz",
+            gzip.compress(TEXT * 99, mtime=0)[:-20],
+            r"a\.jsonl\.gz: cannot be read .*cut off",
+        ),
         ("a_jsonl_zst", zstandard.compress(TEXT * 99)[:-9], r"a\.jsonl\.zst: cannot be read"),
     ],
 )

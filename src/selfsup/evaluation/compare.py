@@ -438,6 +438,7 @@ def _collect(workers, cells: list[Cell], bar: console.Progress) -> list[Result]:
             what = f"{who}, {cell.labels} labels, seed {cell.seed}"
             bar.advance(1, f"{what}: {result.valid:.3f}")
     except BrokenProcessPool as error:
+        time.sleep(0.5)  # a Ctrl-C that ended them comes here too, and says more
         raise LimitError(
             "a training process was killed, perhaps for lack of memory; use fewer --jobs"
         ) from error
