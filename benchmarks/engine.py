@@ -50,7 +50,8 @@ class Rows:
         return len(self.rows)
 
     def batch(self, numbers: np.ndarray) -> Batch:
-        return {"tokens": torch.from_numpy(self.rows[numbers])}
+        tokens = torch.from_numpy(self.rows[numbers])
+        return {"tokens": tokens, "index": torch.as_tensor(numbers)}
 
 
 @contextmanager
