@@ -44,7 +44,7 @@ def first() -> bool:
     return not launched() or os.environ.get("RANK") == "0"
 
 
-def processes() -> int:
+def world() -> int:
     """Number of processes that train together; 1 without torch.distributed."""
     joined = dist.is_available() and dist.is_initialized() and not _state.alone
     return dist.get_world_size() if joined else 1
@@ -52,7 +52,7 @@ def processes() -> int:
 
 def count() -> int:
     """Number of ranks: of processes that have batches of their own."""
-    return dist.get_world_size(_state.group) if processes() > 1 else 1
+    return dist.get_world_size(_state.group) if world() > 1 else 1
 
 
 def number() -> int:

@@ -174,7 +174,7 @@ def same(found: dict, expected: dict) -> None:
     for got, row in zip(found["rows"], expected["rows"], strict=True):
         assert got.keys() == row.keys()
         for name, value in row.items():
-            assert got[name] == pytest.approx(value, abs=1e-4) if name != "split" else got[name]
+            assert got[name] == pytest.approx(value, abs=1e-5) if name != "split" else got[name]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -148,7 +148,7 @@ class Spread:
 
     def __init__(self, objective: Objective, config: TrainingConfig, device: torch.device):
         self.given, self.objective, self.device = objective, objective, device
-        self.world = ranks.processes()
+        self.world = ranks.world()
         self.tensor_ranks = config.tensor_parallel
         self.root: Any = None
         self.shards: Any = None

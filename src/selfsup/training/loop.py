@@ -301,7 +301,7 @@ class _Run:
         weight, tokens, seconds, loss, signum = self.spread.sums(
             sum(float(output.weight) for output in outputs),
             sum(map(_num_tokens, batches)),
-            clock * self.config.tensor_parallel,
+            clock * self.config.tensor_parallel,  # the first rank's, which the sum divides
             sum(float(output.loss.detach()) for output in outputs),
             0 if signals.received is None else signals.received,
         )
