@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import selfsup as package
 from selfsup.config import read_toml, write_toml
-from selfsup.errors import ConfigError
+from selfsup.errors import ConfigError, DataError
 from selfsup.run_start import check_same
 from selfsup.training.checkpoint import checkpoint_paths
 
@@ -54,7 +55,7 @@ def test_data_that_is_not_there(pretrain, tmp_path):
         (
             "latin.txt",
             "naïve café\n".encode("latin1") * 200,
-            ["not UTF-8: byte 2 is 0xef", "iconv"],
+            ["latin.txt:1: not UTF-8 (byte 0xef at character 3, see iconv)"],
         ),
         ("wide.txt", ("naive\n" * 300).encode("utf-16"), ["not UTF-8: byte 0", "utf-16"]),
         ("empty.txt", b"", ["a corpus without text"]),
@@ -179,6 +180,16 @@ def test_a_key_that_is_new_stood_at_its_default(copied):
         check_same(copied, sections, {})
 
 
+def test_changes_of_the_training_are_said(selfsup, corpus, copied):
+    begin = ("pretrain", corpus.masked, "--data", corpus.text, "--out", copied, "--resume")
+    answer = selfsup(*begin)
+    assert answer.code == 0, answer.err
+    assert "other settings" not in answer.err
+    answer = selfsup(*begin, "--set", "training.steps=161", "training.seed=5")
+    assert answer.code == 0, answer.err
+    assert "was begun with: seed = 0, now 5, steps = 160, now 161\n" in answer.err
+
+
 def test_resume_with_other_data_or_another_recipe(refused, corpus, copied, tuned_run):
     begin = ("--out", copied, "--resume")
     message = refused(2, "pretrain", corpus.masked, "--data", corpus.labelled, *begin)
@@ -191,7 +202,9 @@ def test_resume_with_other_data_or_another_recipe(refused, corpus, copied, tuned
     assert "was begun with method." in message
 
 
-def test_resume_a_finetuning_with_another_configuration(refused, corpus, masked_run, tuned_run):
+def test_resume_a_finetuning_with_another_configuration(
+    refused, corpus, masked_run, tuned_run, tmp_path
+):
     task = ("--task", "classification")
     begin = ("finetune", masked_run, "--out", tuned_run, "--resume", "--set", "training.steps=60")
     data = ("--data", corpus.labelled)
@@ -202,6 +215,10 @@ def test_resume_a_finetuning_with_another_configuration(refused, corpus, masked_
     assert "facts.labelled_examples = 120, now 40" in refused(
         2, *begin, *task, "--data", corpus.test
     )
+    lines = corpus.labelled.read_text().splitlines()
+    lines[1], lines[-1] = lines[-1], lines[1]
+    (tmp_path / "other.csv").write_text("\n".join(lines))
+    assert "facts.fingerprint = " in refused(2, *begin, *task, "--data", tmp_path / "other.csv")
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(selfsup, corpus, copied):
@@ -325,6 +342,15 @@ def test_embed(refused, masked_run, corpus, tmp_path):
     assert not (tmp_path / "v.npy").exists()
     elsewhere = ("embed", masked_run, "--data", corpus.test, "--out", tmp_path)
     assert "is a folder with other things" in refused(5, *elsewhere)
+
+
+def test_one_text_in_place_of_a_list(tuned_run, masked_run, causal_run):
+    tuned = package.load(tuned_run)
+    for use in (tuned.predict, tuned.predict_proba, package.load(masked_run).embed):
+        with pytest.raises(DataError, match="'the film' is one item; give a list of items"):
+            use("the film")
+    with pytest.raises(DataError, match="give a list of items"):
+        package.load(causal_run).score("the film")
 
 
 def test_predict(refused, tuned_run):

@@ -210,6 +210,20 @@ def test_finetune_predict_evaluate(selfsup, tuned_run, corpus, tmp_path):
     assert [line.split("\t")[0] for line in answer.out.splitlines()] == ["bad", "good"]
 
 
+def test_predict_leaves_out_what_cannot_be_read_and_prints_a_line_for_each_item(
+    selfsup, tuned_run, tmp_path
+):
+    new = tmp_path / "new.csv"
+    new.write_text("text\n" + f'"{GOOD}\n{GOOD}"\n{BAD}\n' * 25 + '""\n')
+    answer = selfsup("predict", tuned_run, "--data", new)
+    assert answer.code == 0, answer.err
+    assert "1 of 51 items cannot be used" in answer.err
+    assert "new.csv:77: empty: it has no token" in answer.err
+    lines = [line.split("\t") for line in answer.out.splitlines()]
+    assert [line[0] for line in lines] == ["good", "bad"] * 25
+    assert lines[0][2] == f"{GOOD} {GOOD}"
+
+
 def test_a_tuned_model_reads_rows_as_long_as_it_was_tuned_on(selfsup, tuned_run):
     """Pre-training had rows of 16 tokens, fine-tuning of 128."""
     answer = selfsup("predict", tuned_run, " ".join([GOOD] * 5))
@@ -281,6 +295,12 @@ def test_a_causal_run_from_end_to_end(selfsup, causal_run, corpus):
     again = {selfsup("generate", causal_run, *options, "--seed", seed).out for seed in range(4)}
     assert drawn == again
     assert selfsup("generate", causal_run, "--tokens", 0).out == "\n"
+
+    near = selfsup("words", causal_run, "film", "great", "--top", 2).out.splitlines()
+    assert [line.split("\t")[0] for line in near] == ["film", "film", "great", "great"]
+    solved = selfsup("words", causal_run, "--analogy", "film", "the", "great", "--top", 1).out
+    assert solved.startswith("the - film + great\t")
+    assert selfsup("words", causal_run).code == 2
 
     model = package.load(causal_run)
     likely, unlikely = model.score([GOOD, "great end film was the the of and ."])

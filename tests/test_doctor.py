@@ -127,6 +127,18 @@ def test_long_documents_are_told_apart_by_all_their_parts(tmp_path):
     assert found["characters"].startswith(f"{sum(map(len, texts)):,} ")
 
 
+def test_bad_lines_of_text_are_named(tmp_path):
+    good = [json.dumps({"text": f"text {number}"}) for number in range(99)]
+    write(tmp_path / "a.jsonl", "\n".join(["{", *good]))
+    found, error = facts(tmp_path)
+    assert (found["readable"], found["documents"], error) == ("99 of 100", "99", "")
+    assert found["not"].startswith(f"usable     {tmp_path}/a.jsonl:1: not JSON")
+    write(tmp_path / "a.jsonl", "\n".join(["{"] * 3 + good))
+    found, error = facts(tmp_path)
+    assert found["readable"] == "99 of 102"
+    assert "3 of 102 items cannot be used" in error
+
+
 # Pictures
 
 

@@ -62,6 +62,13 @@ def test_bytes_text_and_json_are_written(tmp_path):
     assert names(tmp_path) == ["b.txt", "c.json", "new"]
 
 
+def test_the_name_of_a_file_that_is_no_utf8_survives_in_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xc3\xb8")
+    write_json(tmp_path / "a.json", [name])
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == [name]
+    assert "ø" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
 def test_nan_is_no_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", float("nan"))
@@ -212,6 +219,29 @@ def test_a_failed_flush_leaves_no_half_folder(tmp_path, monkeypatch, after):
         (aside / "a").write_text("1")
         (aside / "b").write_text("2")
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    kinds = {"mine": os.getpid(), "young": gone.pid, "old": gone.pid, "filled": gone.pid}
+    for name, process in kinds.items():
+        aside = tmp_path / f".{name}.{process}.tmp"
+        aside.mkdir()
+        (aside / "train.bin").write_bytes(b"half")
+        age = 10_000_000_000 if name == "young" else 0  # of the folder
+        os.utime(aside / "train.bin", (age, age))
+        os.utime(aside, (0, 0))
+    os.utime(tmp_path / f".filled.{gone.pid}.tmp" / "train.bin")  # it is still written
+    (tmp_path / f".file.{gone.pid}.tmp").write_bytes(b"half")
+    os.utime(tmp_path / f".file.{gone.pid}.tmp", (0, 0))
+    for name in (".mine.tmp", "mine.1.tmp", f".whole.{gone.pid}.old"):
+        (tmp_path / name).write_bytes(b"other")
+        os.utime(tmp_path / name, (0, 0))
+    files.sweep(tmp_path)
+    left = {f".{name}.{kinds[name]}.tmp" for name in ("mine", "young", "filled")}
+    assert {*names(tmp_path)} == left | {".mine.tmp", "mine.1.tmp", f".whole.{gone.pid}.old"}
+    files.sweep(tmp_path / "none")
 
 
 def test_sha256_is_the_usual_one(tmp_path):

@@ -117,6 +117,7 @@ def test_finetune_predict_embed_compare_report(picture_run, photos, selfsup, tmp
         *("--out", tuned, "--set", "training.steps=40", "training.lr=5e-3"),
     )
     assert answer.code == 0, answer.err
+    assert f"selfsup predict {tuned} PICTURE" in answer.err
     answer = selfsup("predict", tuned, "--data", photos / "test")
     lines = [line.split("\t") for line in answer.out.splitlines()]
     assert len(lines) == 40

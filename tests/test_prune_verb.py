@@ -10,7 +10,7 @@ import torch
 import selfsup as library
 from selfsup.batch import AudioSpec, ImageSpec, SeriesSpec, Vocabulary
 from selfsup.models.transformer import Config, TransformerEncoder
-from selfsup.verbs.pruning import example_batch, seconds_per_batch
+from selfsup.verbs.pruning import LENGTH, example_batch, seconds_per_batch
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,9 @@ def test_a_run_without_its_least_important_heads(selfsup, corpus, tuned_run, tmp
     assert found["curve"][9]["parameters"] < found["parameters"]["after"]
     assert found["parameters"]["before"] - found["parameters"]["after"] == 4 * 16 * 32 + 3 * 16
     assert found["seconds_per_batch"]["after"] > 0
+    lengths = [batch["tokens"][1] for batch in found["batches"]]  # of the scored sentences
+    assert lengths == sorted(lengths)
+    assert max(lengths) < LENGTH
     # the run is whole
     model, before = library.load(out), library.load(tuned_run)
     assert model.encoder.config.heads_left == (1,)
@@ -164,7 +167,7 @@ def test_every_kind_of_input_can_be_timed(spec, keys):
     encoder = TransformerEncoder(Config(dim=8, layers=1, heads=2, **keys), spec)
     encoder.train()
     batch = example_batch(encoder, rows=2, length=10)
-    seconds = seconds_per_batch([encoder, encoder], batch, rounds=2)
+    seconds = seconds_per_batch([encoder, encoder], [batch, batch], rounds=2)
     assert min(seconds) > 0
     assert encoder.training
     assert encoder.eval()(batch).last.shape[0] == 2

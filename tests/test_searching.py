@@ -9,18 +9,19 @@ from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 
 import selfsup as package
-from selfsup import vector_files
+from selfsup import doctor, vector_parts
 from selfsup.config import read_toml
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.files import sha256
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.vector_index import VectorIndex
+from selfsup.verbs import searching
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """40 texts in parts of 16."""
-    monkeypatch.setattr(vector_files, "PART_ITEMS", 16)
+    monkeypatch.setattr(vector_parts, "PART_ITEMS", 16)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,64 @@ def test_a_cut_embedding_goes_on_and_gives_equal_bytes(masked_run, corpus, tmp_p
     assert not (tmp_path / "cut" / f"{name}.parts").exists()
 
 
+def test_two_workers_go_on_where_one_was_stopped_and_give_equal_bytes(
+    masked_run, corpus, tmp_path, monkeypatch
+):
+    out, write = tmp_path / "two.npy", searching.write_npy
+    times: list[dict] = []
+
+    def note():
+        times.append({p: p.stat().st_mtime_ns for p in out.parent.glob("two.npy.parts/0*/*")})
+
+    def noted(path, parts):
+        note()
+        write(path, parts)
+
+    package.embed(masked_run, corpus.test, tmp_path / "one.npy")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            package.embed(masked_run, corpus.test, out)
+    note()
+    monkeypatch.setattr(searching, "write_npy", noted)
+    assert package.embed(masked_run, corpus.test, out, jobs=2).rows == 40
+    assert [len(files) for files in times] == [3, 9]
+    assert times[1].items() >= times[0].items()
+    one, two = (np.load(tmp_path / f"{name}.npy") for name in ("one", "two"))
+    assert np.allclose(one, two, rtol=0, atol=1e-5)  # bytes differ with the number of threads
+    one, two = ((tmp_path / f"{name}.items.jsonl").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_a_part_that_fails_is_named_and_the_others_are_kept(
+    masked_run, corpus, tmp_path, monkeypatch
+):
+    whole = Model.embed
+
+    def embed(self, items, *more):
+        if len(items) == 8:
+            raise DataError("together they are too much")
+        return whole(self, items, *more)
+
+    monkeypatch.setattr(Model, "embed", embed)
+    with pytest.raises(
+        DataError,
+        match=r"1 of 3 shards failed twice: items 33 to 40 \(.*test.csv:34 to .*test.csv:41\); "
+        r"what was made is kept.*together they are too much",
+    ):
+        package.embed(masked_run, corpus.test, tmp_path / "v.npy")
+    assert [path.name for path in sorted((tmp_path / "v.npy.parts").iterdir())] == [
+        *("00000", "00001")
+    ]
+
+
+def test_a_worker_that_sees_another_run_is_refused(masked_run):
+    weights = sha256(masked_run / "model" / "model.safetensors")
+    assert vector_parts._loaded(vector_parts.Origin(str(masked_run), weights)).encoder.dim == 32
+    with pytest.raises(CheckpointError, match=rf"sha256 is {weights[:12]}\.\.\. for this worker"):
+        vector_parts._loaded(vector_parts.Origin(str(masked_run), "0" * 64))
+
+
 def test_a_part_whose_items_or_form_changed_is_made_again(masked_run, texts, lines, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         cut_after(patch, 2)
@@ -184,10 +243,12 @@ def test_bad_items_are_named_and_the_others_keep_their_numbers(
 ):
     many = [*texts, *texts[:20]]
     many[17] = ""
+    many[18] = " ".join(texts)
     package.embed(masked_run, lines(*many), tmp_path / "v.npy", batch_size=4)
     said = capsys.readouterr().err
     assert "lines.txt: 1 of 60 items cannot be used" in said
     assert "lines.txt:18: empty: it has no token" in said
+    assert said.count("items were cut") == 1
     items = items_of(tmp_path / "v.items.jsonl")
     assert [item["id"] for item in items] == [i for i in range(60) if i != 17]
     expected = package.load(masked_run).embed([text for text in many if text])
@@ -268,9 +329,10 @@ def test_an_index_that_moved_with_its_run_is_found(masked_run, texts, lines, tmp
 def test_a_damaged_index_is_refused(index, tmp_path):
     copy = tmp_path / "index"
     shutil.copytree(index, copy)
+    assert [*doctor.examine(str(copy))] == ["index          whole, exact, 40 vectors of 32 numbers"]
     (copy / "items.jsonl").write_bytes((copy / "items.jsonl").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"items.jsonl: damaged"):
-        VectorIndex(copy)
+        [*doctor.examine(str(copy))]
     (copy / "vectors.npy").write_bytes((copy / "vectors.npy").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
         VectorIndex(copy)
@@ -329,6 +391,8 @@ def test_wrong_use_of_search(selfsup, index, arguments, code, words):
         ("index", ("--index", "flat"), 2, "no kind of index 'flat'"),
         ("v.npy", ("--dtype", "int8"), 2, "dtype must be float32 or float16, got 'int8'"),
         ("v.npy", ("--layer", 2), 2, "layer must be from 0 to 1, got 2"),
+        ("v.npy", ("--engine", "spark"), 2, "invalid choice: 'spark'"),
+        ("v.npy", ("--jobs", -1), 2, "jobs must be at least 1, got -1"),
         ("folder", (), 5, "is a folder with other things"),
         ("folder/file", (), 5, "is a file, and an index is a folder"),
     ],

@@ -1,5 +1,6 @@
 """Many tuned runs over one base: answers as of each alone, one encoder in memory, bad input."""
 
+import shutil
 import threading
 import tomllib
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 
 import selfsup
+from selfsup.config import read_toml, write_toml
 from selfsup.errors import CheckpointError, ConfigError, DataError
+from selfsup.model_folder import load_model
 from selfsup.training.checkpoint import load_tensors
+from selfsup.verbs import tuned_models
 from selfsup.verbs.tuned_models import TunedModels
 
 SMALL = {"training.steps": 12, "training.lr": 2e-2, "training.device": "cpu"}
@@ -144,6 +148,25 @@ def test_runs_come_and_go_without_a_trace(masked_run, runs, alone):
     assert many.predict([], "mood") == []
 
 
+def test_a_run_that_is_saved_again_meanwhile_is_read_again(
+    masked_run, runs, alone, tmp_path, monkeypatch
+):
+    inner, calls, real = tmp_path / "run" / "model", [], tuned_models.assemble
+    shutil.copytree(runs["mood"] / "model", inner)
+
+    def assemble(*given):
+        if not calls:  # its configuration was read, its weights are not yet
+            inner.rename(tmp_path / "old")
+            shutil.copytree(runs["short"] / "model", inner)
+        calls.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(tuned_models, "assemble", assemble)
+    many = TunedModels(masked_run, {"it": tmp_path / "run"}, "cpu")
+    assert many.predict(TEXTS, "it") == alone["short"].predict(TEXTS)
+    assert len(calls) == 2
+
+
 def test_what_answers_otherwise_goes_through_the_same_encoder(corpus, tmp_path):
     base = selfsup.pretrain(
         corpus.masked, corpus.text, tmp_path / "base", {"training.steps": 3, "model.layers": 2}
@@ -203,6 +226,17 @@ def test_threads_take_turns(masked_run, runs, alone):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("key", ["path", "absolute", "sha256"])
+@pytest.mark.parametrize("value", [None, 3])
+def test_a_base_that_is_not_described(runs, tmp_path, key, value):
+    shutil.copytree(runs["mood"] / "model", tmp_path / "model")
+    values = read_toml(tmp_path / "model" / "config.toml")
+    values["base"] = {k: v for k, v in {**values["base"], key: value}.items() if v is not None}
+    (tmp_path / "model" / "config.toml").write_text(write_toml(values))
+    with pytest.raises(CheckpointError, match=rf"config\.toml: base\.{key} must be a text"):
+        load_model(tmp_path, "cpu")
 
 
 def test_bad_input(masked_run, causal_run, tuned_run, runs, tmp_path):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         search,
         self_train,
     )
-    from selfsup.model_folder import Model
+    from selfsup.model import Model
 
 __all__ = [
     "Model",
@@ -65,7 +65,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torch is imported at the first use, so that `selfsup --help` answers at once
     if name == "Model":
-        from selfsup.model_folder import Model
+        from selfsup.model import Model
 
         return Model
     if name in __all__:

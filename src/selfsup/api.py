@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from selfsup.errors import CheckpointError, ConfigError, nearest
-from selfsup.model_folder import Model, load_model
+from selfsup.model import Model
+from selfsup.model_folder import load_model
 from selfsup.verbs.distilling import distill
 from selfsup.verbs.few_labels import pet, self_train
 from selfsup.verbs.learning import finetune, pretrain

@@ -19,6 +19,7 @@ from selfsup.commands import (
     using,
 )
 from selfsup.commands.options import Parser
+from selfsup.cores import settle_threads
 from selfsup.errors import SelfsupError
 
 GROUPS = (
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; gives the exit code of errors.py."""
+    settle_threads(os.environ)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torch's own notes, once for every process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = build_parser()

@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-_state = {"quiet": False, "silent": False}
+_state: dict[str, Any] = {"quiet": False, "silent": False, "warnings": None}
 PLAIN_INTERVAL = 10.0  # seconds between two plain progress lines
 
 
@@ -24,13 +25,24 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """As `quiet`, and gives no warnings: another process gives them."""
-    _state["silent"] = True
+    """As `quiet`, and gives no warnings: they are given elsewhere."""
+    before, _state["silent"] = _state["silent"], True
     try:
         with quiet():
             yield
     finally:
-        _state["silent"] = False
+        _state["silent"] = before
+
+
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """As `quiet`; yields a list to which warnings go: another process gives them."""
+    before, _state["warnings"] = _state["warnings"], []
+    try:
+        with quiet():
+            yield _state["warnings"]
+    finally:
+        _state["warnings"] = before
 
 
 def is_terminal() -> bool:
@@ -46,7 +58,11 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """One line that a person must see."""
-    if not _state["silent"]:
+    if _state["silent"]:
+        return
+    if _state["warnings"] is not None:
+        _state["warnings"].append(text)
+    else:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

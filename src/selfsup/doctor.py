@@ -1,4 +1,4 @@
-"""What `selfsup doctor` says: is the installation well, is the data readable, is a run whole?"""
+"""What `selfsup doctor` says: is the installation well, are data readable, is a run whole?"""
 
 import os
 import shutil
@@ -16,19 +16,21 @@ def examine(path: str | None, text_column: str = "text", kind: str | None = None
     """One line per finding.
 
     Args:
-        path: a run folder, or data; None: the installation.
+        path: the folder of a run or an index, or data; None: the installation.
         text_column: where the text is, in data with columns.
         kind: of the data: text, image, audio, table or series; None: guessed.
 
     Raises:
         DataError: the data cannot be read, or too much of them cannot be used.
         ConfigError: another kind.
-        CheckpointError: a part of the run is damaged; all are named before.
+        CheckpointError: a part of the run is damaged; all are named before. Or the index is.
     """
     if path is None:
         yield from _installation()
     elif any((Path(path) / name).exists() for name in PARTS):
         yield from _run(Path(path))
+    elif (Path(path) / "index.toml").exists():
+        yield _index(path)
     else:
         yield from _data(path, text_column, kind)
 
@@ -80,6 +82,14 @@ def _data(path: str, text_column: str, kind: str | None) -> Iterator[str]:
     yield f"{'kind':<14} {said}"
     yield first
     yield from lines
+
+
+def _index(path: str) -> str:
+    from selfsup.vector_index import VectorIndex
+
+    index = VectorIndex(path)
+    items, dim = index.vectors.shape
+    return f"{'index':<14} whole, {index.kind}, {items:,} vectors of {dim} numbers"
 
 
 def _run(path: Path) -> Iterator[str]:

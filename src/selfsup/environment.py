@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from selfsup.cores import cores
+
 PACKAGES = ("selfsup", "torch", "numpy", "tokenizers", "scikit-learn")
 
 
@@ -36,9 +38,7 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "platform": platform.platform(terse=True),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():

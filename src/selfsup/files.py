@@ -5,10 +5,12 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +23,10 @@ REFUSED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
+ASIDE = re.compile(r"\..+\.(?P<process>\d+)\.(?P<kind>tmp|old)")
+"""The names that `aside_name` gives."""
+STALE = 600.0
+"""Seconds without a change after which what a process of this number wrote is taken as left."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2(2)
 
 
@@ -63,9 +69,36 @@ def flush_folder(folder: Path) -> None:
 def aside_name(path: Path, kind: str = "tmp") -> Path:
     """What stands beside `path` while it is written or removed; `old`: what it takes the place of.
 
-    A killed process leaves it: `tmp` may go, `old` is put back where nothing took its place.
+    A killed process leaves it: `tmp` may go (`sweep`), `old` is put back where nothing took its
+    place.
     """
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes have left half-written in a folder that several may use.
+
+    What has changed in the last ten minutes stays: its process may live on another machine.
+    """
+    for path in folder.glob(".*.*.tmp"):
+        match = ASIDE.fullmatch(path.name)
+        if match is None or is_alive(int(match["process"])):
+            continue
+        with suppress(OSError):  # another one sweeps here too
+            newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+            if time.time() - newest > STALE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -106,8 +139,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for JSON, with sorted layout and no NaN."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_bytes` for JSON, with sorted layout and no NaN; names that are no UTF-8 survive."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # a lone surrogate as JSON escapes it
 
 
 @contextmanager

@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from selfsup.config import read_toml
 from selfsup.errors import CheckpointError, ConfigError, SelfsupError
+from selfsup.files import ASIDE, is_alive
 from selfsup.model_folder import load_model
 from selfsup.training.checkpoint import Checkpoint, checkpoint_paths, load_checkpoint
-from selfsup.training.folder import ASIDE, left_over, read_rows
+from selfsup.training.folder import left_over, read_rows
 
 
 class Finding(NamedTuple):
@@ -55,6 +55,8 @@ def examine_run(path: Path) -> Iterator[Finding]:
 def _description(path: Path) -> Finding:
     try:
         values = read_toml(path / "run.toml")
+        if not values:
+            raise ConfigError(f"{path / 'run.toml'}: empty")
     except ConfigError as error:
         hint = "the command that made it, with --resume, writes it again"
         return Finding("run.toml", f"{error}; {hint}", True)
@@ -124,18 +126,8 @@ def _json(path: Path) -> Iterator[Finding]:
 def _left_over(path: Path) -> Finding:
     match = ASIDE.fullmatch(path.name)
     assert match is not None
-    if _is_alive(int(match["process"])):
+    if is_alive(int(match["process"])):
         said = f"{path}: being written by process {match['process']}"
     else:
         said = f"{path}: left by a process that was killed; --resume removes it, or do so yourself"
     return Finding("left over", said)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it is another user's
-        return True
-    return True

@@ -6,10 +6,11 @@ from typing import Any
 
 from selfsup import config as configuration
 from selfsup import console, environment, registry
+from selfsup.building import build_encoder, build_objective
 from selfsup.config import RunConfig
 from selfsup.errors import ConfigError
 from selfsup.files import write_text
-from selfsup.model_folder import build_encoder, build_objective, load_model
+from selfsup.model_folder import load_model
 from selfsup.objective import Objective, Taught
 from selfsup.training.config import TrainingConfig
 from selfsup.training.device import pick_device, pick_dtype
@@ -69,6 +70,18 @@ def check_same(path: Path, sections: dict[str, Any], facts: dict[str, Any]) -> N
                 f"--resume: {path} was begun with {key} = {old!r}, now {new!r}; "
                 "use the same recipe, settings and data, or another --out"
             )
+
+
+def say_changes(path: Path, training: TrainingConfig) -> None:
+    """Names what a resumed run does otherwise from now on; its run.toml keeps the new alone."""
+    if not (path / "run.toml").exists():
+        return
+    before = _section(configuration.read_toml(path / "run.toml"), "training")
+    now = configuration.to_mapping(training)
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        changes = ", ".join(f"{key} = {before.get(key)}, now {now.get(key)}" for key in keys)
+        console.say(f"going on with other settings than {path} was begun with: {changes}")
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from selfsup.config import read_toml, write_toml
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.files import whole_folder
-from selfsup.vector_files import Parts, append_items, append_vectors
+from selfsup.vector_files import append_items, append_vectors
+from selfsup.vector_parts import Parts
 from selfsup.vector_search import (
     Kind,
     exact_search,

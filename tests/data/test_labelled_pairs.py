@@ -9,7 +9,8 @@ import pytest
 
 from selfsup.data.labelled_pairs import LabelledPairs, read
 from selfsup.data.labels import Labelled
-from selfsup.data.text import TextPreprocessor, read_labels
+from selfsup.data.text import read_labels
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 

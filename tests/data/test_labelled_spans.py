@@ -58,6 +58,17 @@ def test_rows_hold_question_and_window():
     assert set(batch) == set(data.fields)
 
 
+def test_rows_of_roberta_have_two_separators_before_the_document():
+    roberta = Tokenizer(LETTERS.to_json().replace("[SEP]", "</s>"))
+    data = LabelledSpans(questions([("hi", 7)]), roberta, 13)
+    (batch,) = [data.batch(np.array([1]))]
+    shown = [roberta.token(i) for i in batch["tokens"][0].tolist()]
+    assert shown == ["[CLS]", "q", "q", "</s>", "</s>", *"efghij", "</s>"]
+    assert [shown[i] for i in batch["label"][0]] == ["h", "i"]
+    assert data.lengths.tolist() == [13, 12]
+    assert data.collect([[5, 5], batch["label"][0]], [(-9.0, 0.0), (0.0, 0.0)])[1] == ["hi"]
+
+
 def test_a_short_document_is_one_window_without_a_mask():
     data = LabelledSpans(questions([("j", 9)], [("a", 0)]), LETTERS, 15)
     assert [tuple(window) for window in data.windows] == [(0, 0, 10), (1, 0, 10)]

@@ -57,6 +57,19 @@ def test_tsv_takes_a_quote_as_a_character_and_strips_the_byte_order_mark(tmp_pat
     assert data.items == [('"open', "shut"), ('it\'s "so"', "no")]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_are_not_taken_for_one_column(tmp_path, separator):
+    lines = "\n".join(separator.join(cells) for cells in (("text", "label"), ("a", "x")))
+    with pytest.raises(DataError, match=r"a\.csv:1: one column.*commas between cells"):
+        read(write(tmp_path, "a.csv", lines), "classification")
+
+
+def test_a_folder_of_texts_is_no_labelled_file(tmp_path):
+    (tmp_path / "good").mkdir()
+    with pytest.raises(DataError, match="is a folder; give one file"):
+        read(tmp_path, "classification")
+
+
 @pytest.mark.parametrize(
     ("suffix", "pack"),
     [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import tracemalloc
 
@@ -11,6 +12,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
+from selfsup.data.bad_items import BadItems
 from selfsup.data.reading import PART_CHARS, Document, documents, resolve
 from selfsup.data.sources import HubDataset
 from selfsup.errors import DataError
@@ -162,12 +164,12 @@ BAD = {
     "not UTF-8": (
         "a.txt",
         "é".encode() * 60_000 + b"caf\xe9 and",
-        r"a\.txt: not UTF-8: byte 120003 is 0xe9.*iconv -f latin1",
+        r"a\.txt:1: not UTF-8 \(byte 0xe9 at character 60004, see iconv\)",
     ),
-    "cut off UTF-8": ("a.txt", "ab我".encode()[:-1], "byte 2 is 0xe6"),
+    "cut off UTF-8": ("a.txt", "\nab我".encode()[:-1], r"a\.txt:2: .*0xe6 at character 3,"),
     "UTF-16": ("a.txt", "word".encode("utf-16"), "byte 0 is 0xff.*iconv -f utf-16"),
-    "not UTF-8 inside gz": ("a.jsonl.gz", gzip.compress(b'"\xff"'), "byte 1 is 0xff"),
-    "missing column": ("a.csv", b"id,texts\n1,x\n", r"a\.csv:1: no column 'text'.*'texts'"),
+    "not UTF-8 inside gz": ("a.jsonl.gz", gzip.compress(b'"\xff"'), r"gz:1: not UTF-8 \(byte 0xff"),
+    "missing column": ("a.csv", b"id,texts\n1,x\n", r"a\.csv:1: no column 'text'.*'texts'.*--text"),
     "missing key": (
         "a.jsonl",
         b'{"text":"a"}\n{"test":1}',
@@ -179,7 +181,12 @@ BAD = {
     "bad JSON": ("a.json", b'[{"text":"a"},\n{"text":x}]', r"a\.json:2: not JSON"),
     "open JSON list": ("a.json", b'[{"text":"a"},\n', r"a\.json:2: not JSON"),
     "short row": ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv:3: 1 fields, but the first row names 2"),
-    "open quote": ("a.csv", b'id,text\n1,"x\n2,y\n', r"a\.csv:3: .*quotes"),
+    "open quote": ("a.csv", b'id,text\n1,"x\n2,y\n', r"a\.csv:2: .*quotes"),
+    "open quote in the first row": ("a.csv", b'"id,text\n1,x\n', r"a\.csv:1: .*quotes"),
+    "not UTF-8 in .json": ("a.json", b'["a", "\xff"]', r"a\.json: element 2: not UTF-8"),
+    "not UTF-8 in .csv": ("a.csv", b"text\nx\n\xff\n", r"a\.csv:3: not UTF-8"),
+    "JSON nested deeply": ("a.jsonl", b"[" * 10**5, r"a\.jsonl:1: JSON that cannot be read"),
+    "number without end": ("a.json", b"[" + b"9" * 5000 + b"]", r"a\.json:1: JSON that cannot"),
     "truncated gz": (
         "a.txt.gz",
         gzip.compress(b"word " * 999)[:-9],
@@ -205,6 +212,78 @@ def test_bad_files_name_the_place(case, tmp_path):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=message):
         list(documents(tmp_path / name))
+
+
+def left_out(path, **keys):
+    """(texts that are left, the line of each that is not, items in all)."""
+    bad = BadItems(str(path))
+    texts = [document.text for document in documents(path, bad=bad, **keys)]
+    lines = [re.match(r".*?(?::| element )(\d+): ", example)[1] for example in bad.examples]
+    assert bad.count == len(lines)
+    return texts, [int(line) for line in lines], bad.total
+
+
+SPOILED = {
+    "a.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n{"txt": 1}\n"\xe9"\n"e"', "ae", [3, 4, 5], 5),
+    "a.json": (b'["a", 2, {"text": "c"}, "\xe9", {"txt": 1}]', "ac", [2, 4, 5], 5),
+    "a.csv": (b'text,n\na,1\nb\n"\xe9\n",2\n"d""",3\n"e,3\nf,4\ng,"5"\n', 'ad"fg', [3, 4, 7], 7),
+    "a.tsv": (b'text\tn\n"a\t1\nb\nc\t\xe9\nd\t3\n', '"ad', [3, 4], 4),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_damaged_records_are_left_out_and_counted(name, tmp_path):
+    raw, texts, lines, total = SPOILED[name]
+    (tmp_path / name).write_bytes(raw)
+    found, places, count = left_out(tmp_path / name)
+    assert ("".join(found), places, count) == (texts, lines, total)
+
+
+def test_a_forgotten_quote_costs_its_own_line(tmp_path):
+    rows = [f"text {number},{number}" for number in range(100)]
+    rows[40], rows[99] = '"text 40,40', '"text 99,99'
+    rows[70] = '"text 70",70'
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,n", *rows]))
+    texts, lines, total = left_out(path)
+    assert texts == [f"text {number}" for number in range(99) if number != 40]
+    assert (lines, total) == ([42, 101], 100)
+
+
+@pytest.mark.parametrize("split", ["file", "line", "blank_line"])
+def test_damaged_lines_of_plain_text_are_left_out(split, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xe9\n" + "é\x85\u2028 one\ntwo\n".encode() * 9 + b"x\xe9\n\nlast")
+    texts, lines, total = left_out(path, split=split)
+    assert "".join(texts).replace("\n", "") == "é\x85\u2028 onetwo" * 9 + "last"
+    assert lines == [1, 20]
+    assert total == (22 if split != "blank_line" else 21)
+    path.write_bytes(b"\xe9\n" * 3)
+    assert left_out(path, split=split) == ([], [1, 2, 3], 3)
+    path.write_bytes(b"")
+    assert left_out(path, split=split)[1] == []
+
+
+def test_a_file_of_records_without_a_good_one_is_refused(tmp_path):
+    """Then the column is wrong; it is said before the whole of a large file was read."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"txt": "a"}\n{"txt": "b"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'text'; did you mean 'txt'"):
+        left_out(path)
+    path.write_text('{"txt": "a"}\n' * 100 + '"good"\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'text'"):
+        left_out(path)
+    path.write_text('{"txt": "a"}\n' * 99 + '"good"\n' + "{\n" * 500)
+    bad = BadItems("a.jsonl")
+    assert [document.text for document in documents(path, bad=bad)] == ["good"]
+    assert (bad.count, len(bad.examples), bad.total) == (599, 5, 600)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+def test_utf_16_is_refused_whatever_is_counted(name, tmp_path):
+    (tmp_path / name).write_bytes('["text"]\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"not UTF-8: byte 0 is 0xff.*iconv -f utf-16"):
+        left_out(tmp_path / name)
 
 
 def test_missing_column_in_parquet(tmp_path):

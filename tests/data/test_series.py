@@ -81,6 +81,25 @@ def test_windows_never_cross_from_one_file_into_the_next(tmp_path):
         assert (np.diff(got, axis=1) == 1).all()
         assert got[:, 0].tolist() == [i for a, b in runs for i in range(a, b - 4)]
     assert (prepared.facts["series"], prepared.facts["rows"]) == (2, 100)
+    assert prepared.facts["series_too_short"] == 0
+
+
+def test_a_series_that_gives_no_window_is_counted_and_said(tmp_path, capsys):
+    for name, count in (("a.csv", 40), ("b.csv", 9)):
+        write(tmp_path, name, csv_of(values(count)))
+    prepared = prepare(Config(window=5, splits=(0.5, 0.25, 0.25)), tmp_path)
+    assert prepared.facts["series_too_short"] == 1
+    assert "1 of 2 series have fewer than data.window = 5 rows" in capsys.readouterr().err
+
+
+def test_items_of_a_table_are_its_windows_side_by_side(tmp_path):
+    rows = values(13)
+    path = write(tmp_path, "a.csv", csv_of(rows, "date,step,load"))
+    fitted = SeriesPreprocessor(("load",), (0.0,), (1.0,), length=5)
+    places, items = zip(*series.read_items(path, None, fitted), strict=True)
+    assert places == (f"{path}:2", f"{path}:7", f"{path}:12")
+    assert [len(item) for item in items] == [5, 5, 3]
+    assert np.array_equal(np.concatenate(items), rows[:, 1:])
 
 
 def test_a_batch_holds_the_windows_of_its_numbers(tmp_path):

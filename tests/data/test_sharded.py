@@ -90,6 +90,27 @@ def test_shards_give_the_rows_of_one_pass(style, tmp_path, monkeypatch):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_bad_lines_are_counted_as_in_one_pass(jobs, tmp_path, monkeypatch, capsys):
+    folder = corpus(tmp_path / "in")
+    one, path = folder / "1.jsonl", folder / "5.jsonl"
+    one.write_text('{"txt": 1}\n' + one.read_text() + "{\n")
+    path.write_text(path.read_text() + "{\n")
+    whole = build_or_open(folder, MANY["bert"], CONFIG, tmp_path / "whole")
+    once = capsys.readouterr().err
+    assert "3 of 163 items cannot be used" in once
+    assert "1.jsonl:1: no column 'text'" in once
+    monkeypatch.setattr(sharded, "SHARD_BYTES", 1)
+    parts = in_shards(folder, tmp_path / "parts", workers=Workers(jobs=jobs))
+    assert parts.meta == {**whole.meta, "shards": 5}
+    assert parts.meta["bad_items"] == len(parts.meta["bad_item_examples"]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == once.splitlines()[-1]
+    assert np.array_equal(parts.train[:], whole.train)
+    path.write_text(path.read_text() + "{")  # one more, and there are too many
+    with pytest.raises(DataError, match=r"4 of 164 items cannot be used .* More than 2%"):
+        in_shards(folder, tmp_path / "parts")
+
+
 def test_a_stream_of_shards_is_their_concatenation(tmp_path):
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 900, size).astype(np.uint16) for size in (0, 5, 1, 0, 0, 7, 3, 0)]
@@ -139,8 +160,8 @@ def test_what_only_one_pass_can_do_is_done_in_one(files, config, tmp_path, small
 def test_finished_shards_are_kept(tmp_path, small, capsys):
     folder, cache = corpus(tmp_path / "in"), tmp_path / "cache"
     good = (folder / "2.jsonl").read_text()
-    (folder / "2.jsonl").write_text(good + "{")
-    with pytest.raises(DataError, match=r"1 of 5 shards failed twice: shard 3 of 5 .*2\.jsonl:33"):
+    (folder / "2.jsonl").write_text("{\n" * 32)
+    with pytest.raises(DataError, match=r"1 of 5 shards failed twice: shard 3 of 5 .*2\.jsonl:1: "):
         in_shards(folder, cache)
     said = capsys.readouterr().err
     assert said.count("warning: shard 3 of 5") == 2
@@ -155,6 +176,18 @@ def test_finished_shards_are_kept(tmp_path, small, capsys):
     again = in_shards(tmp_path / "in2", tmp_path / "other")
     assert store.meta == again.meta
     assert np.array_equal(store.train[:], again.train[:])
+
+
+@pytest.mark.parametrize("kind", ["shard-0", "text-0"])
+def test_what_killed_workers_left_goes_with_the_next_corpus(kind, tmp_path):
+    cache, number = tmp_path / "cache", 2**22  # above the highest number of a process
+    half = cache / f".{kind}.{number}.tmp"
+    half.mkdir(parents=True)
+    (half / "train.bin").write_bytes(b"half")
+    os.utime(half / "train.bin", (0, 0))
+    os.utime(half, (0, 0))
+    in_shards(corpus(tmp_path / "in"), cache)
+    assert [path.name[:5] for path in cache.iterdir()] == ["text-"]
 
 
 @pytest.mark.parametrize("damage", ["short", "one byte", "gone", "manifest"])
@@ -258,6 +291,7 @@ def test_writing_shards_goes_on_where_it_stopped(tmp_path, capsys):
     assert first == {**first, "documents": 6 * 32 - 32 - 32 + 32, "files": 1, "folders": 1}
     time_of = (out / "000000").stat().st_mtime_ns
     assert write_shards(folder, out, megabytes=1) == first
+    assert first["bad_items"] == 0
     assert (out / "000000").stat().st_mtime_ns == time_of
     assert "1 of 1 shards are there already" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="another corpus or with other settings"):
@@ -266,6 +300,26 @@ def test_writing_shards_goes_on_where_it_stopped(tmp_path, capsys):
         write_shards(folder, folder)
     with pytest.raises(ConfigError, match="at least 1 megabyte"):
         write_shards(folder, out, megabytes=0)
+
+
+def test_bad_lines_are_left_out_of_what_is_written(tmp_path, capsys):
+    folder, out = corpus(tmp_path / "in"), tmp_path / "out"
+    path = folder / "1.jsonl"
+    before = [record for _, record in document_records(folder)]
+    path.write_text("{\n" + path.read_text() + '{"txt": 1}\n')
+    (folder / "6.txt").write_bytes(b"plain\n\xff\ntext\n")
+    found = write_shards(folder, out, megabytes=1)
+    assert (found["documents"], found["bad_items"]) == (161, 3)
+    said = capsys.readouterr().err
+    assert "3 of 165 items cannot be used" in said
+    assert "1.jsonl:34: no column" in said
+    after = [record for _, record in document_records(out)]
+    assert after == [*before, {"text": "plain\ntext\n"}]
+    with pytest.raises(DataError, match=r"1\.jsonl:1: not JSON"):
+        list(document_records(folder))
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(DataError, match="4 of 166 items"):
+        write_shards(folder, tmp_path / "more", megabytes=1)
 
 
 def test_prep_makes_what_pretrain_opens(tmp_path, small, monkeypatch, capsys):

@@ -73,6 +73,8 @@ def test_datasets_of_the_hub():
             find(source, FILES_ONLY)
     with pytest.raises(DataError, match="no file or folder a/b"):
         find("a/b", FILES_ONLY)
+    with pytest.raises(DataError, match="no file or folder texts"):  # no dataset
+        find("texts", WANTED)
 
 
 def test_a_source_as_a_list():

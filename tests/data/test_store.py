@@ -227,13 +227,21 @@ def test_a_corpus_without_text_is_a_data_error(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_bad_line_leaves_nothing_behind(tmp_path):
+def test_more_than_one_bad_line_in_fifty_leaves_nothing_behind(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     corpus(path)
-    path.write_text(path.read_text() + "{")
-    with pytest.raises(DataError, match=r"a\.jsonl:201: not JSON"):
+    good = path.read_text()
+    path.write_text(good + "{\n" * 5)
+    named = r"a\.jsonl: 5 of 205 items cannot be used .*a\.jsonl:201: not JSON"
+    with pytest.raises(DataError, match=rf"{named}.* More than 2%: mend or remove them\."):
         build(path, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+    path.write_text(good + "{\n" * 4)
+    store = build(path, tmp_path / "cache")
+    assert "4 of 204 items cannot be used" in capsys.readouterr().err
+    assert store.meta["documents"] == 200
+    assert store.meta["bad_items"] == len(store.meta["bad_item_examples"]) == 4
+    assert build(path, tmp_path / "cache").meta == store.meta
 
 
 def test_a_cache_that_cannot_be_written_is_a_storage_error(tmp_path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from selfsup.config import from_mapping, to_mapping
+from selfsup.data.rows import PackedRows, PairRows
 from selfsup.data.store import StoreConfig, build_or_open
-from selfsup.data.text import Config, PackedRows, PairRows, TextPreprocessor, prepare
+from selfsup.data.text import Config, prepare
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 

@@ -35,7 +35,7 @@ from selfsup.methods.autoencoding.autoencoder import Autoencoder
 from selfsup.methods.autoencoding.autoencoder import Config as Method
 from selfsup.methods.autoencoding.vae import VAE
 from selfsup.methods.autoencoding.vae import Config as VAEConfig
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.mlp import Config as Network
 from selfsup.models.mlp import MLPEncoder
 from selfsup.randomness import isolated, numpy_generator, seed_layers
@@ -139,6 +139,11 @@ def test_what_the_model_expects_in_a_cell():
     assert expected_cell(city, np.array([0.1, 0.2, 0.3, 0.4])) == "another value"
     assert expected_cell(COLUMNS[0], np.array([1.0, 0.2])) == 50.0
     assert expected_cell(COLUMNS[0], np.array([1.0, 0.8])) == "missing"
+
+
+def test_huge_numbers_are_shown_short():
+    huge = UnusualColumn("a", 0.9, 1.5e30, 12345.6)
+    assert line("x", Anomaly(True, 9.0, 3.0, (huge,))).endswith("a 1.5e+30 (expected 12346)")
 
 
 def test_a_line_stays_one_line():

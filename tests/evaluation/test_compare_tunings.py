@@ -9,7 +9,7 @@ from torch import nn
 
 import selfsup as package
 from selfsup.errors import ConfigError
-from selfsup.evaluation.compare import ADDED_LRS, WHOLE_LRS, Settings
+from selfsup.evaluation.compare_settings import ADDED_LRS, WHOLE_LRS, Settings
 from selfsup.evaluation.cost import saved_bytes, step_memory
 from selfsup.models.encoder import Encoder, Features
 from selfsup.objective import Output, Task
@@ -119,7 +119,8 @@ def test_each_tuning_has_rates_of_its_own_unless_they_are_given():
         (("--tuning", "full,lorra"), "unknown tuning 'lorra'; did you mean 'lora'?"),
         (("--tuning", "full", "--set", "tuning.lora.rank=2"), "options of tuning 'lora', but"),
         (("--tuning", "full,lora", "--set", "tuning.lora.rnk=2"), "rnk"),
-        (("--set", "training.lr=1"), "changes tuning.NAME.KEY alone, got 'training'"),
+        (("--set", "task.templat=x"), "unknown key task.templat"),
+        (("--set", "training.lr=1"), "changes task.KEY and tuning.NAME.KEY alone, got"),
     ],
 )
 def test_what_cannot_be_asked_for(selfsup, masked_run, corpus, arguments, words):
@@ -129,6 +130,23 @@ def test_what_cannot_be_asked_for(selfsup, masked_run, corpus, arguments, words)
     )
     assert answer.code == 2
     assert words in answer.err
+
+
+def test_clozes_are_compared_too(selfsup, masked_run, corpus, tmp_path):
+    template = tmp_path / "about.txt"
+    template.write_text("{label} : {text}\n--- labels\nbad = a\ngood = b\n")
+    answer = selfsup(
+        *("compare", masked_run, "--task", "cloze", "--data", corpus.labelled, "--labels", 8),
+        *("--seeds", 0, "--lrs", 1e-3, "--steps", 2, "--jobs", 1, "--tuning", "full,bias"),
+        *("--set", f"task.template={template}", "task.demonstrations=1"),
+        *("--out", tmp_path / "compare.json"),
+    )
+    assert answer.code == 0, answer.err
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["task_options"] == {"template": str(template), "demonstrations": 1}
+    assert found["arms"].keys() == {"pretrained", "scratch", "baseline"}
+    assert found["tunings"]["bias"]["share"] < 0.2  # the head trains with it
+    assert json.loads((tmp_path / "embeddings.json").read_text())
 
 
 class Toy(Encoder):
@@ -164,6 +182,9 @@ def test_memory_by_hand():
     weights, table, layer = 4 * (40 + 16), 4 * 40, 4 * 16
     x = y = 4 * 2 * 3 * 4  # what the layer reads, and what is squared; the tokens are the batch's
     assert step_memory(task, batch) == weights + 3 * (table + layer) + x + y
+    assert step_memory(task, batch, "lars") == weights + 2 * (table + layer) + x + y
+    sums = 4 * (10 + 4 + 4 + 4)  # of rows and of columns, which is all that adafactor keeps
+    assert step_memory(task, batch, "adafactor") == weights + table + layer + sums + x + y
     task.encoder.table.requires_grad_(False)
     assert step_memory(task, batch) == weights + 3 * layer + x + y
     task.encoder.layer.requires_grad_(False)

@@ -34,7 +34,7 @@ from selfsup.methods.generative.masked_series import Config as MaskedConfig
 from selfsup.methods.generative.masked_series import MaskedSeries
 from selfsup.methods.generative.mockingjay import Config as MockingjayConfig
 from selfsup.methods.generative.mockingjay import Mockingjay
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.mlp import Config as MLPConfig
 from selfsup.models.mlp import MLPEncoder
 from selfsup.models.recurrent import Config as RecurrentConfig

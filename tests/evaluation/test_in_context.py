@@ -10,7 +10,7 @@ import torch
 
 from selfsup.data import templates
 from selfsup.data.labels import Labelled
-from selfsup.data.text import TextPreprocessor
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 from selfsup.evaluation.demonstrations import Example, draw, read_examples, read_parts
@@ -24,7 +24,7 @@ from selfsup.evaluation.in_context import (
 )
 from selfsup.evaluation.likelihood import Row, log_likelihoods, rows_of
 from selfsup.methods.generative.causal_language import CausalLanguage, Config
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.transformer import Config as Transformer
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.randomness import numpy_generator, seed_layers
@@ -332,6 +332,30 @@ GOOD = "--- labels\n0 = a\n1 = b"
 def test_template_errors_name_the_line(text, message):
     with pytest.raises(ConfigError, match=message):
         templates.parse(text, "t")
+
+
+def test_other_words_for_labels_of_any_characters():
+    labels = [
+        "earn, acq",
+        "a = b",
+        'say "x"',
+        '"',
+        ",",
+        " padded ",
+        "two\nlines",
+        "金融，股票",
+        "1",
+    ]
+    words = {label: f"w{number} = ok, {number}" for number, label in enumerate(labels)}
+    text = templates.with_words("{text} {label}\n--- labels\n0 = a\n1 = b", words)
+    template = templates.parse(text, "t")
+    assert {label: template.words[n] for label, n in template.classes.items()} == words
+    assert "\n1 = w8" in text  # what needs no quotes has none
+    assert "\n金融，股票 = w7" in text
+    several = templates.parse('{text} {label}\n--- labels\n"a, b" , c = x\nd=y', "t")
+    assert several.classes == {"a, b": 0, "c": 0, "d": 1}
+    with pytest.raises(ConfigError, match="t:3: expected 'label = word'"):
+        templates.parse('{text} {label}\n--- labels\n"a, b = x\nd = y', "t")
 
 
 def test_named_templates_and_files(tmp_path):

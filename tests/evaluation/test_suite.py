@@ -336,7 +336,7 @@ def test_a_suite_of_ones_own(selfsup, masked_run, corpus, tmp_path) -> None:
     tags = "the O\nfilm B-THING\nend I-THING\n\nwas O\nbook B-THING\n\n"
     (tmp_path / "words.bio").write_text(tags * 4 + "song B-NEVER\n\n")
     (tmp_path / "other.bio").write_text(tags)
-    arguments = ("--labels", 40, "--steps", 60, "--lrs", 5e-3, "--tuning", "probe")
+    arguments = ("--labels", 40, "--steps", 60, "--lrs", 5e-3, "--tuning", "bias+probe")
     answer = selfsup(
         *("evaluate", masked_run, "--suite", tmp_path / "mine.toml", *arguments),
         *("--out", tmp_path / "out"),
@@ -349,7 +349,7 @@ def test_a_suite_of_ones_own(selfsup, masked_run, corpus, tmp_path) -> None:
     assert found["tasks"]["words"]["files"]["train"].lower() == "words.bio"
     assert found["lines"]["before"]["scores"]["films"] == pytest.approx(0.65)
     assert found["lines"]["before"]["same_tasks"] is None  # it has no score of the other task
-    assert found["settings"]["tuning"] == "probe"
+    assert found["settings"]["tuning"] == "bias+probe"
     assert not (tmp_path / "out/submission.zip").exists()
 
 
@@ -396,6 +396,10 @@ def test_wrong_use(selfsup, masked_run, tuned_run, tmp_path) -> None:
     assert (answer.code, "--labels is for a --suite" in answer.err) == (2, True)
     answer = selfsup("evaluate", masked_run, "--suite", "glue", "--data", tmp_path, "--label", "x")
     assert answer.code == 2
+    for of_it in (("--suite", "glue"), ("--exits", tmp_path / "valid.csv")):
+        answer = selfsup("evaluate", masked_run, *of_it, "--data", tmp_path, "--set", "a.b=1")
+        assert answer.code == 2
+        assert "--set" in answer.err
 
 
 def test_a_damaged_file_stops_the_suite(masked_run, tmp_path) -> None:

@@ -11,7 +11,7 @@ import torch
 from selfsup.cli import main
 from selfsup.data import templates
 from selfsup.data.labels import Labelled, Part
-from selfsup.data.text import TextPreprocessor
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError, DataError
 from selfsup.evaluation.adapt import fit, new_task
@@ -26,7 +26,7 @@ from selfsup.evaluation.targets import (
     writer_of,
 )
 from selfsup.methods.generative import denoising
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models import encoder_decoder, transformer
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.models.transformer import TransformerEncoder

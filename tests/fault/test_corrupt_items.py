@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from selfsup.config import read_toml
-from selfsup.data import audio, image, table
+from selfsup.data import audio, image, sharded, table, text
 from selfsup.data.audio_features import Config as AudioConfig
+from selfsup.data.tokenizer import TokenizerConfig
+from selfsup.workers import Workers
 
 pytestmark = pytest.mark.fault
 
@@ -25,7 +27,6 @@ def said_and_counted(prepared, said: str) -> None:
     assert said.count("warning: ") == 1
     assert prepared.facts["bad_items"] == CORRUPT
     assert len(prepared.facts["bad_item_examples"]) == 5
-    assert len(prepared.train) + len(prepared.valid) == ITEMS - CORRUPT
 
 
 def picture(number: int) -> bytes:
@@ -51,6 +52,7 @@ def test_pictures(faults, tmp_path, capsys):
         config = image.Config(size=4)
         prepared = image.prepare(config, str(tmp_path / "pictures.parquet"), tmp_path / "cache")
         said_and_counted(prepared, capsys.readouterr().err)
+        assert len(prepared.train) + len(prepared.valid) == ITEMS - CORRUPT
 
 
 def sound(number: int) -> bytes:
@@ -75,6 +77,7 @@ def test_sounds(faults, tmp_path, capsys):
         config = AudioConfig(rate=8000, features="waveform", min_seconds=0.03)
         prepared = audio.prepare(config, str(folder), tmp_path / "cache")
         said_and_counted(prepared, capsys.readouterr().err)
+        assert len(prepared.train) + len(prepared.valid) == ITEMS - CORRUPT
 
 
 def test_rows_of_a_table(faults, tmp_path, capsys):
@@ -89,57 +92,91 @@ def test_rows_of_a_table(faults, tmp_path, capsys):
     with faults.trial("corrupt rows of a table", NOTE):
         prepared = table.prepare(table.Config(), str(tmp_path / "table.csv"))
         said_and_counted(prepared, capsys.readouterr().err)
+        assert len(prepared.train) + len(prepared.valid) == ITEMS - CORRUPT
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv"])
-def test_lines_of_text(selfsup, corpus, faults, tmp_path, kind):
-    """A text file that is not whole is refused, never read in part: the place is named."""
-    lines = [f"the film of row {number} was great and lovely ." for number in range(ITEMS)]
-    path = tmp_path / f"text.{kind}"
-    if kind == "jsonl":
-        lines = [json.dumps({"text": line}) for line in lines]
-        lines = [line[:-3] if n in BAD else line for n, line in enumerate(lines)]
-    elif kind == "csv":
-        lines = ["text", *(f"{line},{line}" if n in BAD else line for n, line in enumerate(lines))]
-    content = "".join(f"{line}\n" for line in lines).encode()
-    if kind == "txt":
-        parts = content.split(b"\n")
-        content = b"\n".join(
-            b"\xff\xfe" + part if n in BAD else part for n, part in enumerate(parts)
-        )
-    path.write_bytes(content)
-    with faults.trial("corrupt lines of text", "the file is refused, its first bad place named"):
-        answer = selfsup("pretrain", corpus.masked, "--data", path, "--out", tmp_path / "run")
+def cut(line: str, number: int) -> str:
+    """JSON that ends too early; a record without text; bytes that are not UTF-8."""
+    return (line[:-3], '{"txt": "none"}', line[:-3] + "\udcff\udcfe" + line[-3:])[number // 100 % 3]
+
+
+def broken_row(line: str, number: int) -> str:
+    """A field too many; a quote that is never closed; bytes that are not UTF-8."""
+    return (f"{line},{line}", f'"{line}', f"\udcff{line}")[number // 100 % 3]
+
+
+KINDS = {
+    "txt": (lambda text: text, lambda line, number: f"\udcff\udcfe{line}", []),
+    "jsonl": (lambda text: json.dumps({"text": text}), cut, []),
+    "csv": (lambda text: text, broken_row, ["text"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("jobs", [0, 1, 2], ids=["one pass", "shards", "shards by 2 processes"])
+def test_lines_of_text(faults, tmp_path, capsys, monkeypatch, kind, jobs):
+    """Those that are left are learned from, and no others."""
+    write, spoil, head = KINDS[kind]
+    texts = [f"the film of row {number} was great and lovely ." for number in range(ITEMS)]
+    lines = [write(text) for text in texts]
+    lines = [spoil(line, n) if n in BAD else line for n, line in enumerate(lines)]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(5):  # files, neighbours in a shard
+        part = [*head, *lines[number * ITEMS // 5 : (number + 1) * ITEMS // 5]]
+        content = "".join(f"{line}\n" for line in part)
+        (folder / f"{number}.{kind}").write_bytes(content.encode("utf-8", "surrogateescape"))
+    if jobs:
+        monkeypatch.setattr(sharded, "SHARD_BYTES", 150_000)
+    with faults.trial("corrupt lines of text", NOTE):
+        config = text.Config(split_documents="line", tokenizer=TokenizerConfig(vocab_size=300))
+        workers = Workers(jobs=max(1, jobs))
+        prepared = text.prepare(config, str(folder), tmp_path / "cache", workers)
+        said_and_counted(prepared, capsys.readouterr().err)
+        assert ("shards" in prepared.facts) == bool(jobs)
+        assert prepared.facts["documents"] == ITEMS - CORRUPT
+        kept = [one for n, one in enumerate(texts) if n not in BAD]
+        characters = sum(prepared.facts[side]["characters"] for side in ("train", "valid"))
+        assert characters == sum(map(len, kept))
+
+
+def test_lines_of_text_to_embed(selfsup, masked_run, faults, tmp_path):
+    """Answers belong to lines, so none may be missing: the first bad one is an error."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "the film was great"}\n' * 99 + '{"text": \n')
+    out = tmp_path / "vectors.npy"
+    with faults.trial("corrupt line of text to embed", "exit code 3, the line named; no vectors"):
+        answer = selfsup("embed", masked_run, "--data", path, "--out", out)
         assert answer.code == 3, answer.err
-        first = min(BAD)
-        offset = content.index(b"\xff") if kind == "txt" else 0
-        place = {
-            "txt": f"byte {offset} is 0xff",
-            "jsonl": f"text.jsonl:{first + 1}: not JSON",
-            "csv": f"text.csv:{first + 2}: 2 fields",
-        }
-        assert place[kind] in answer.err
+        assert "texts.jsonl:100: not JSON" in answer.err
+        assert not out.exists()
 
 
-def test_a_run_and_its_report_repeat_the_number(selfsup, faults, tmp_path):
-    """The command line, from a table to report.html."""
+def test_a_run_and_its_report_repeat_the_number(selfsup, corpus, faults, tmp_path):
+    """The command line, from a table, and from lines of text, to report.html."""
     draw = np.random.Generator(np.random.PCG64(1))
     rows = [",".join(map(str, row)) for row in draw.normal(size=(300, 3)).round(6).tolist()]
+    lines = [json.dumps({"text": f"the film of row {number} was great"}) for number in range(300)]
     for number in (3, 137, 222):
-        rows[number] = "1.0,#REF!,2.0"
+        rows[number], lines[number] = "1.0,#REF!,2.0", lines[number][:-1]
     (tmp_path / "table.csv").write_text("\n".join(["a,b,c", *rows]) + "\n")
-    run = tmp_path / "run"
-    with faults.trial("corrupt items in a run", "counted in the log, run.toml and report.html"):
-        answer = selfsup(
-            *("pretrain", "autoencoder-table", "--data", tmp_path / "table.csv", "--out", run),
-            *("--set", "training.steps=5", "training.device=cpu"),
-        )
-        assert answer.code == 0, answer.err
-        assert "3 of 300 items cannot be used" in answer.err
-        facts = read_toml(run / "run.toml")["facts"]
-        assert facts["bad_items"] == 3
-        assert "table.csv:139" in facts["bad_item_examples"][1]
-        assert selfsup("report", run).code == 0
-        report = (run / "report.html").read_text()
-        assert "<dt>bad_items</dt><dd>3</dd>" in report
-        assert "table.csv:139" in report
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    for recipe, name, second in (
+        ("autoencoder-table", "table.csv", 139),
+        (corpus.masked, "text.jsonl", 138),
+    ):
+        run = tmp_path / f"run of {name}"
+        with faults.trial("corrupt items in a run", "counted in the log, run.toml and report.html"):
+            answer = selfsup(
+                *("pretrain", recipe, "--data", tmp_path / name, "--out", run),
+                *("--set", "training.steps=5", "training.device=cpu"),
+            )
+            assert answer.code == 0, answer.err
+            assert "3 of 300 items cannot be used" in answer.err
+            facts = read_toml(run / "run.toml")["facts"]
+            assert facts["bad_items"] == 3
+            assert f"{name}:{second}" in facts["bad_item_examples"][1]
+            assert selfsup("report", run).code == 0
+            report = (run / "report.html").read_text()
+            assert "<dt>bad_items</dt><dd>3</dd>" in report
+            assert f"{name}:{second}" in report

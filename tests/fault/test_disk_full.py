@@ -98,6 +98,7 @@ def test_at_ten_offsets_of_a_save(pretrain, finished, same_run, faults, small_di
             said = child.err.read_text()
             assert "Traceback" not in said
             assert "checkpoints/step-00000020: no space left on the device" in said
+            assert said.count("step-00000020: no space left on the device; trying again in") == 3
             assert [p.name for p in (run / "checkpoints").iterdir()] == [checkpoint.name]
             assert not [p for p in run.rglob("*") if p.name.endswith((".tmp", ".old"))]
             verify(run / "checkpoints" / checkpoint.name)

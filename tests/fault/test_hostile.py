@@ -181,6 +181,13 @@ def moments_of_another_shape(checkpoint: Path) -> None:
     rehashed(checkpoint)
 
 
+def half_of_the_moments(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer.safetensors"
+    tensors = {k: v for k, v in load_tensors(path).items() if not k.endswith("exp_avg_sq")}
+    save_tensors(path, {k: v.clone() for k, v in tensors.items()})
+    rehashed(checkpoint)
+
+
 def checkpoints_of(canary: Path) -> dict[str, Callable[[Path], None]]:
     """Hostile checkpoints."""
     nested = b"[" * 10**6
@@ -205,6 +212,8 @@ def checkpoints_of(canary: Path) -> dict[str, Callable[[Path], None]]:
         "state with sums that are none": state_with(sums=3),
         "state with negative bytes": state_with(metrics_bytes=-7),
         "moments of another shape": moments_of_another_shape,
+        "half of the moments": half_of_the_moments,
+        "no moments": written("optimizer.safetensors", described({}, 0)),
     }
 
 
@@ -303,6 +312,31 @@ def test_model_folders(run, refused, tmp_path):
         shutil.copytree(run, copy)
         change(copy / "model")
         commands[name], codes[name] = ["fill", copy, "the [MASK] was great"], allowed
+    note = "exit code 2, 3 or 5; nothing executed; less than 100 MB"
+    refused("hostile model folder", note, commands, codes)
+
+
+def test_tuned_model_folders(run, launch, finished, refused, corpus, tmp_path):
+    """Heads, and what a tuning adds, that are larger than the file: refused before they exist."""
+    tuned = tmp_path / "tuned"
+    begin = ("finetune", run, "--task", "classification", "--data", corpus.labelled)
+    finished(launch(*begin, "--tuning", "lora", "--out", tuned, "--set", "training.steps=2"))
+    changes = {
+        "a million classes": settled(labels__names=[""] * 10**6),
+        "classes that are a number": settled(labels__names=10**9),
+        "classes that are numbers": settled(labels__names=[1, 2]),
+        "a rank of ten million": settled(tuning__lora={"rank": 10**7}),
+        "a rank of a trillion": settled(tuning__lora={"rank": 10**12}),
+        "tunings that are a number": settled(tuning__names=10**9),
+        "no names of tunings": settled(tuning={"lora": {"rank": 8}}),
+    }
+    commands, codes = {}, {}
+    for number, (name, change) in enumerate(changes.items()):
+        copy = tmp_path / str(number)
+        shutil.copytree(tuned, copy)
+        change(copy / "model")
+        commands[name] = ["predict", copy, "--data", corpus.test, "--text", "text"]
+        codes[name] = (5,)
     note = "exit code 2, 3 or 5; nothing executed; less than 100 MB"
     refused("hostile model folder", note, commands, codes)
 

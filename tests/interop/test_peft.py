@@ -16,6 +16,7 @@ import selfsup
 from selfsup.data.labels import Labelled
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.evaluation.adapt import new_task
+from selfsup.interop import adapters
 from selfsup.interop.peft import export_adapter
 from selfsup.interop.peft_import import import_adapter
 from selfsup.interop.transformers import export_run, import_run
@@ -142,7 +143,7 @@ def agrees(run: Path, theirs: nn.Module, batch: dict[str, Tensor]) -> None:
     if isinstance(ours, classification.Classification) and "logits" in out:
         close(ours.read(features), out.logits)
     elif isinstance(ours, tagging.Tagging) and "logits" in out:
-        close(ours.read(features)[real], out.logits[real])
+        close(ours.read(features)[real], out.logits[:, -9:][real])
     elif "logits" in out and run.name != "masked":
         close(ours.head(features.last, ours.encoder.embedding)[real], out.logits[:, -9:][real])
     else:
@@ -159,9 +160,11 @@ AUTO = {
     "FEATURE_EXTRACTION": "AutoModel",
     None: "AutoModelForMaskedLM",
 }
+SHIFTED = {"shift_positions": True, "length": 3}
 EXPORTS = {
     "classifier": ("bert", "classification", "lora", {"dropout": 0.1}, "SEQ_CLS"),
     "tagger": ("bert", "tagging", "lora", {"targets": ["all"], "rank": 2}, "TOKEN_CLS"),
+    "pooler": ("bert", "classification", "lora", {"targets": ["query", "pooler"]}, "SEQ_CLS"),
     "fused": ("bert", "tagging", "lora", {"targets": ["qkv", "value", "down"]}, "TOKEN_CLS"),
     "masked": ("bert", None, "lora", {"alpha": 3.0}, None),
     "writer": ("gpt2", None, "lora", {"targets": ["query", "value", "up"]}, "CAUSAL_LM"),
@@ -171,6 +174,8 @@ EXPORTS = {
     "both-factors": ("t5", None, "ia3", {}, "SEQ_2_SEQ_LM"),
     "fused-factors": ("gpt2", None, "ia3", {}, "CAUSAL_LM"),
     "prefix": ("gpt2", None, "prefix", {"shift_positions": True, "projection": 6}, "CAUSAL_LM"),
+    "prefix-classifier": ("bert", "classification", "prefix", SHIFTED, "SEQ_CLS"),
+    "prefix-tagger": ("bert", "tagging", "prefix", SHIFTED, "TOKEN_CLS"),
     "prompt": ("gpt2", None, "soft_prompt", {"length": 4}, "CAUSAL_LM"),
     "bert-prompt": ("bert", "tagging", "soft_prompt", {"length": 4}, "FEATURE_EXTRACTION"),
 }
@@ -210,6 +215,9 @@ IMPORTS = {
         | {"rank_pattern": {"layer.1.attention.self.query": 4}, "use_rslora": True}
         | {"alpha_pattern": {"key": 7}},
     ),
+    "all layers": ("bert", "SEQ_CLS", "LoraConfig", {"r": 2, "target_modules": "all-linear"}),
+    "prefix": ("bert", "SEQ_CLS", "PrefixTuningConfig", {"num_virtual_tokens": 3}),
+    "prompt": ("bert", "TOKEN_CLS", "PromptTuningConfig", {"num_virtual_tokens": 3}),
     "one layer": (
         "bert",
         None,
@@ -297,6 +305,18 @@ def test_bad_adapters_are_refused_by_name(bases, tmp_path, change, error, word):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_classifier_over_a_prompt_is_refused(bases, tmp_path):
+    import transformers
+
+    base, exported = bases["bert"]
+    with isolated():
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(exported)
+        chosen = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+        peft.get_peft_model(model, chosen).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="reads the first vector of the prompt"):
+        import_adapter(tmp_path / "adapter", base, tmp_path / "out")
+
+
 def test_bad_input(bases, tmp_path):
     base, exported = bases["bert"]
     run = tuned(tmp_path / "run", base, "tagging", "lora", {})
@@ -316,6 +336,8 @@ def test_bad_input(bases, tmp_path):
     several = tuned(tmp_path / "several", base, "tagging", "lora+bias", {})
     with pytest.raises(ConfigError, match=r"tuned with lora\+bias; a folder of PEFT holds one of"):
         export_adapter(several, tmp_path / "other")
+    with pytest.raises(ConfigError, match="LoRA on pooler: their model has no such linear layer"):
+        adapters.write_lora({"pooler": None}, {})
     both = tuned(tmp_path / "both", bases["t5"][0], None, "soft_prompt", {})
     with pytest.raises(ConfigError, match="a soft prompt of an encoder-decoder"):
         export_adapter(both, tmp_path / "other")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import selfsup
 from selfsup.errors import CheckpointError, ConfigError, DataError
 from selfsup.interop.transformers import export_run, import_run
-from selfsup.models.attention import Cache
+from selfsup.models.view import Cache
 from selfsup.randomness import isolated, torch_generator
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "it", "un", "##happy", "##ness", "dog"]
@@ -148,6 +148,12 @@ ENCODERS = {
         write_wordpiece_size,
     ),
     "tagger": ("BertForTokenClassification", BERT, write_wordpiece_size),
+    "reader": ("BertForQuestionAnswering", BERT, write_wordpiece_size),
+    "roberta-classifier": (
+        "RobertaForSequenceClassification",
+        {**BERT, "type_vocab_size": 1, "num_labels": 3},
+        write_roberta_bpe,
+    ),
 }
 DECODERS = {
     "bart": ("BartForConditionalGeneration", BART, write_roberta_bpe),
@@ -158,6 +164,11 @@ DECODERS = {
         write_t5_words,
     ),
     "switch": ("SwitchTransformersForConditionalGeneration", SWITCH, write_t5_words),
+    "switch-untied": (
+        "SwitchTransformersForConditionalGeneration",
+        {**SWITCH, "tie_word_embeddings": False},
+        write_t5_words,
+    ),
 }
 CASES = ENCODERS | DECODERS
 
@@ -172,9 +183,13 @@ def checkpoint(folder: Path, case: str) -> nn.Module:
     cls = getattr(transformers, name)
     config = cls.config_class(vocab_size=size, **values)
     with isolated():
+        torch.manual_seed(0)
         model = randomised(cls(config))
     if case == "t5-gated":  # loading ties them; 1.1 has two
         model.lm_head.weight = nn.Parameter(model.shared.weight.detach().flip(0).clone())
+    if case == "switch-untied":  # theirs then has three tables; ours reads one
+        for stack in (model.encoder, model.decoder):
+            stack.embed_tokens.weight = model.shared.weight
     model.save_pretrained(folder)
     return model
 
@@ -202,6 +217,8 @@ def logits_of(objective, batch: dict[str, Tensor]) -> Tensor:
     features = objective.encoder(batch)
     if type(objective).__name__ in ("ReplacedToken", "Tagging"):
         return objective.head(features.last).squeeze(-1)
+    if type(objective).__name__ == "SpanQA":
+        return objective.head(features.last)
     if type(objective).__name__ == "Classification":
         return objective.head(features.pooled)
     return objective.head(features.last, objective.encoder.embedding)
@@ -235,6 +252,12 @@ def test_encoders_compute_the_same_in_and_out(tmp_path, case):
             close(logits_of(ours, batch)[rows], before[rows])
         if key == "pooler_output":
             close(got.pooled, before)
+    if "reader" in case:
+        for model in (expected, written):
+            close(
+                logits_of(ours, batch)[real],
+                torch.stack((model.start_logits, model.end_logits), 2)[real],
+            )
     if "pairs" in case:  # ours says 1 for the text as it was, theirs 0
         answer = ours.sentence_head(got.pooled)
         key = "seq_relationship_logits" if model_type == "bert" else "sop_logits"
@@ -287,10 +310,11 @@ CAUSAL = {"causal": True, "pooling": "last"}
 
 def run_of(folder: Path, method: dict, model: dict, write_tokenizer=write_wordpiece_size) -> Path:
     """A run of ours with random weights, as `selfsup pretrain` would leave it."""
-    from selfsup.data.text import TextPreprocessor
+    from selfsup.building import build_encoder, build_objective
+    from selfsup.data.text_preprocessor import TextPreprocessor
     from selfsup.interop import tokenizers
     from selfsup.methods.generative import causal_language, masked_language
-    from selfsup.model_folder import build_encoder, build_objective, save_model
+    from selfsup.model_folder import save_model
     from selfsup.models import transformer
 
     (folder / "pieces").mkdir(parents=True)
@@ -443,6 +467,12 @@ LAYER = "bert.encoder.layer.1.output.dense.bias"
         (lambda f: keys(f, model_type="mamba"), ConfigError, "model_type = 'mamba'"),
         (lambda f: keys(f, num_hidden_layers=4), CheckpointError, "layer.3"),
         (
+            lambda f: keys(f, num_hidden_layers=10**6),
+            CheckpointError,
+            "config.json: describes a network much larger",
+        ),
+        (lambda f: keys(f, max_position_embeddings=10**12), CheckpointError, "config.json: "),
+        (
             lambda f: (f / "model.safetensors").write_bytes(b"damaged"),
             CheckpointError,
             "damaged or not a safetensors file",
@@ -465,6 +495,66 @@ def test_bad_checkpoints_are_refused_by_name(tmp_path, change, error, word):
     with pytest.raises(error, match=word):
         import_run(tmp_path / "given", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"id2label": {"0": "one"}}, {"problem_type": "multi_label_classification"}]
+)
+def test_heads_that_give_no_single_class_are_refused(tmp_path, values):
+    checkpoint(tmp_path / "given", "classifier")
+    keys(tmp_path / "given", **values)
+    with pytest.raises(ConfigError, match="a number, or several labels at once"):
+        import_run(tmp_path / "given", tmp_path / "run")
+
+
+def test_a_model_that_translates_leaves_and_writes_the_same(tmp_path):
+    import transformers
+
+    from selfsup.config import to_mapping
+    from selfsup.model_folder import save_model
+    from selfsup.tasks.generation import Config, Generation
+
+    checkpoint(tmp_path / "given", "bart")
+    model = selfsup.load(import_run(tmp_path / "given", tmp_path / "run"), device="cpu")
+    task = Generation(Config(num_beams=1, max_target=9, no_repeat=2), model.encoder)
+    with torch.no_grad():
+        model.encoder.embedding.tokens.weight[2] = 0.0  # a text that does not end at once
+    values = {key: model.values[key] for key in ("data", "model")}
+    values |= {"task": {"name": "generation", **to_mapping(task.config)}, "labels": {"names": []}}
+    save_model(tmp_path / "fine" / "model", task, values, model.preprocessor)
+    ours = selfsup.load(tmp_path / "fine", device="cpu")
+    exported = export_run(tmp_path / "fine", tmp_path / "out")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(exported).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    given = tokenizer(["the cat 3"], return_tensors="pt")["input_ids"]
+    written = theirs.generate(given, suppress_tokens=task.unwritten.nonzero().flatten().tolist())
+    values = ours.objective.predict({"tokens": given}).values
+    assert values[0].tolist()[: written.shape[1] - 1] == written[0, 1:].tolist()
+    assert written.shape[1] == 10
+    answer = ours.generate("the cat 3", 9, temperature=0.0)
+    assert ours.predict(["the cat 3"]) == [answer.strip()]
+    assert len({ours.generate("the cat 3", 9, seed=seed) for seed in range(4)}) > 1
+
+
+def test_an_imported_encoder_decoder_answers_as_theirs_does(tmp_path):
+    theirs = checkpoint(tmp_path / "given", "t5")
+    run = import_run(tmp_path / "given", tmp_path / "run")
+    model = selfsup.load(run, device="cpu")
+    tokenizer = model.preprocessor.tokenizer
+    tokens, _ = tokenizer.row(tokenizer.encode(["the cat sat"])[0])
+    source = torch.from_numpy(tokens).long().unsqueeze(0)
+    written = theirs.generate(source, max_new_tokens=8, eos_token_id=1, do_sample=False)[0]
+    text = tokenizer.decode(written.tolist())
+    assert text.split()
+    assert model.generate("the cat sat", 8, temperature=0.0) == text
+
+
+@pytest.mark.parametrize("case", ["roberta", "electra"])
+def test_a_head_that_knows_one_activation_refuses_others(tmp_path, case):
+    checkpoint(tmp_path / "given", case)
+    keys(tmp_path / "given", hidden_act="relu")
+    with pytest.raises(ConfigError, match="hidden_act = 'relu' is not supported; gelu are"):
+        import_run(tmp_path / "given", tmp_path / "run")
 
 
 def test_a_gpt2_with_another_scale_is_refused(tmp_path):
@@ -493,6 +583,9 @@ def test_shards_and_old_names_read_like_one_file(tmp_path):
     assert_same_weights(whole, import_run(tmp_path / "given", tmp_path / "shards"))
     (tmp_path / "given" / "two.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"two\.safetensors is missing"):
+        import_run(tmp_path / "given", tmp_path / "lost")
+    path.write_text("[]")
+    with pytest.raises(CheckpointError, match="not an index of shards"):
         import_run(tmp_path / "given", tmp_path / "lost")
 
 

@@ -17,7 +17,8 @@ from selfsup.methods.ops import follows
 from selfsup.methods.surprisal import MAX_LOGITS, surprisal
 from selfsup.models.decoding import filtered
 from selfsup.models.transformer import Config as Model
-from selfsup.models.transformer import Projection, TransformerEncoder
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import Projection
 from selfsup.objective import Generates, Scores
 from selfsup.randomness import isolated, seed_layers, torch_generator
 

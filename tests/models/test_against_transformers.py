@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from selfsup.batch import Vocabulary
-from selfsup.models.transformer import Cache, Config, TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import Config, TransformerEncoder
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.randomness import isolated, seed_layers, torch_generator
 
 SIZE = 61

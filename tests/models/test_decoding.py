@@ -19,7 +19,8 @@ from selfsup.models.decoding import (
     sample,
 )
 from selfsup.models.encoder_decoder import EncoderDecoder
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.randomness import isolated, torch_generator
 
 SIZE, PAD, END = 40, 0, 1

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from selfsup.models.attention import mix, past
+from selfsup.models.attention import mix
 from selfsup.models.dropout import Dropout, dropout
+from selfsup.models.view import past
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])

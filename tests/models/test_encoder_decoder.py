@@ -8,8 +8,9 @@ import torch
 from selfsup.batch import Vocabulary
 from selfsup.config import from_mapping, preset_values
 from selfsup.errors import ConfigError
-from selfsup.models.attention import Cache, distance_bucket
+from selfsup.models.attention import distance_bucket
 from selfsup.models.encoder_decoder import Config, EncoderDecoder
+from selfsup.models.view import Cache
 from selfsup.randomness import isolated, seed_layers, torch_generator
 
 VOCABULARY = Vocabulary(size=40, pad=0, cls=1, sep=2)

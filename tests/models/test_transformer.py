@@ -18,7 +18,9 @@ from selfsup.models.embeddings import (
     rotate,
     sinusoids,
 )
-from selfsup.models.transformer import Cache, Config, TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import Config, TransformerEncoder
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.randomness import isolated, seed_layers, torch_generator
 
 VOCABULARY = Vocabulary(size=50)

@@ -321,9 +321,22 @@ def test_a_lead_inside_the_noise_is_not_a_win(tmp_path):
     assert "too few seeds" in found.conclusion
 
 
+def test_equal_scores_are_no_lead(tmp_path):
+    arms = {"pretrained": {"50": [0.8, 0.9]}, "scratch": {"50": [0.8, 0.9]}}
+    found = verdict(read_compare(write_compare(tmp_path, arms)), 50)
+    assert not found.clear
+    assert found.conclusion == "Pre-trained and from scratch are level with 50 labelled sentences."
+
+
 def test_smaller_wins_where_the_metric_is_an_error(tmp_path):
     compare = read_compare(write_compare(tmp_path, metric="mean_squared_error"))
     assert verdict(compare, 50).winner == "scratch"
+
+
+def test_a_small_gain_is_not_shown_as_none(tmp_path):
+    arms = {"pretrained": {"50": [0.754, 0.756]}, "scratch": {"50": [0.751, 0.753]}}
+    found = verdict(read_compare(write_compare(tmp_path, arms)), 50)
+    assert "0.755 pre-trained, 0.752 from scratch (+0.003)" in found.headline
 
 
 def test_intervals_agree_with_scipy():

@@ -11,11 +11,11 @@ import selfsup
 from selfsup.batch import Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.models import transformer
-from selfsup.models.attention import Prefix
 from selfsup.models.bag import BagEncoder
 from selfsup.models.bag import Config as BagConfig
 from selfsup.models.encoder import masked_mean
-from selfsup.models.transformer import TransformerEncoder, repacked
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.view import Prefix, repacked
 from selfsup.randomness import isolated, seed_layers, torch_generator
 from selfsup.registry import TASKS, module_of
 from selfsup.tasks import classification, regression

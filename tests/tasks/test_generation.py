@@ -12,7 +12,7 @@ from selfsup.batch import Vocabulary
 from selfsup.cli import main
 from selfsup.data.labelled_pairs import LabelledPairs
 from selfsup.data.labels import Labelled
-from selfsup.data.text import TextPreprocessor
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError
 from selfsup.evaluation.adapt import answers, default_training, fit, new_task

@@ -10,7 +10,7 @@ from torch import nn
 from selfsup.data.labelled_spans import LabelledSpans
 from selfsup.data.labels import Labelled
 from selfsup.data.span_files import Answer
-from selfsup.data.text import TextPreprocessor
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.data.tokenizer import Tokenizer, TokenizerConfig
 from selfsup.errors import ConfigError
 from selfsup.evaluation.adapt import answers, num_rows

@@ -33,6 +33,7 @@ from selfsup.training.checkpoint import (
     save_tensors,
     verify,
 )
+from selfsup.training.optimizers.adamw import AdamW
 
 FILES = (
     "weights.safetensors",
@@ -447,7 +448,7 @@ def test_the_optimizers_state_comes_back_bit_equal():
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-        return module, torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+        return module, AdamW(module.parameters(), lr=0.1, fused=True)
 
     def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

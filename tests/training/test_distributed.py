@@ -23,6 +23,7 @@ from selfsup.training.config import TrainingConfig
 from selfsup.training.distributed import Share, Spread, share_of
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
+from selfsup.verbs.learning import pretrain
 
 SPEC = Vocabulary(size=40, pad=0, unk=1, cls=2, sep=3, mask=4)
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -277,3 +278,15 @@ def test_a_batch_that_does_not_divide_is_refused():
 def test_blocks_need_as_many_ranks():
     with pytest.raises(ConfigError, match=r"tensor_parallel = 2 does not divide 1 rank"):
         run(settings(tensor_parallel=2))
+
+
+def test_ranks_that_do_not_divide_are_refused_before_a_run_is_begun(tmp_path):
+    (tmp_path / "texts.txt").write_text("the cat sat on the mat")
+    with pytest.raises(ConfigError, match=r"tensor_parallel = 2 does not divide 1 rank"):
+        pretrain(
+            "bert-tiny-english",
+            tmp_path / "texts.txt",
+            tmp_path / "run",
+            {"training.tensor_parallel": 2},
+        )
+    assert not (tmp_path / "run").exists()

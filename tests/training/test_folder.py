@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,20 @@ def test_a_folder_that_exists_is_refused(run, tmp_path):
 def test_a_folder_that_only_holds_a_lock_is_new(tmp_path):
     RunFolder(tmp_path / "run").close()
     RunFolder(tmp_path / "run").close()
+
+
+def test_resuming_nothing_is_said(tmp_path, capsys):
+    RunFolder(tmp_path / "run", resume=True).close()
+    assert "run: nothing is there to go on with; the run begins" in capsys.readouterr().err
+    RunFolder(tmp_path / "run", resume=True).close()
+    assert not capsys.readouterr().err
+
+
+def test_a_home_that_nobody_expands_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="write the whole path"):
+        RunFolder(Path("~/runs/mine"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -1,6 +1,8 @@
 """Adafactor, LAMB and LARS against slow versions and others' code; what all optimizers promise."""
 
 import math
+import subprocess
+import sys
 from contextlib import closing, suppress
 from itertools import product
 
@@ -11,12 +13,14 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from selfsup.config import from_mapping
 from selfsup.errors import CheckpointError, ConfigError
+from selfsup.randomness import isolated
 from selfsup.training.checkpoint import load_newest, load_optimizer, optimizer_tensors
 from selfsup.training.config import TrainingConfig
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import train
 from selfsup.training.optim import optimizer
 from selfsup.training.optimizers.adafactor import Adafactor, factored_axes, num_moments
+from selfsup.training.optimizers.adamw import AdamW
 from selfsup.training.optimizers.groups import parameter_groups
 from selfsup.training.optimizers.lamb import Lamb
 from selfsup.training.optimizers.lars import Lars
@@ -345,11 +349,25 @@ def test_moments_of_another_optimizer_are_refused():
             load_optimizer(module, build(module, name), tensors)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lamb"])
+def test_a_part_of_the_moments_is_refused(name):
+    module = parameters(*SHAPES)
+    gradients(module, 1)
+    saved = build(module, name)
+    saved.step()
+    tensors = optimizer_tensors(module, saved)
+    load_optimizer(module, build(module, name), tensors)
+    for lost in tensors:
+        left = {key: value for key, value in tensors.items() if key != lost}
+        with pytest.raises(CheckpointError, match=f"{lost.partition('|')[0]}' has only"):
+            load_optimizer(module, build(module, name), left)
+
+
 def test_the_configuration_chooses_and_refuses():
     module = parameters(*SHAPES)
-    kinds = {"adamw": torch.optim.AdamW, "adafactor": Adafactor, "lamb": Lamb, "lars": Lars}
+    kinds = {"adamw": AdamW, "adafactor": Adafactor, "lamb": Lamb, "lars": Lars}
     assert {name: type(build(module, name)) for name in NAMES} == kinds
-    assert type(optimizer(module, TrainingConfig(steps=1))) is torch.optim.AdamW
+    assert type(optimizer(module, TrainingConfig(steps=1))) is AdamW
     for keys, named in (
         ({"optimizer": "sgd"}, r"training\.optimizer"),
         ({"optimizer": "lamb", "relative_step": False}, "relative_step"),
@@ -358,3 +376,34 @@ def test_the_configuration_chooses_and_refuses():
     ):
         with pytest.raises(ConfigError, match=named):
             from_mapping(TrainingConfig, {"steps": 1, **keys}, "training")
+
+
+def test_adamw_is_torchs_number_for_number():
+    weights = []
+    for kind in (torch.optim.AdamW, AdamW):
+        with isolated():
+            torch.manual_seed(0)
+            module, x = nn.Linear(5, 3), torch.randn(8, 5)
+        chosen = kind(module.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.2, fused=True)
+        for _ in range(5):
+            chosen.zero_grad()
+            module(x).square().sum().backward()
+            chosen.step()
+        weights.append(module.weight.detach().clone())
+    assert weights[0].equal(weights[1])
+
+
+def test_a_start_does_without_torchs_compiler_and_scikit_learn():
+    program = """
+import sys, torch
+import selfsup.api
+from selfsup.training.optim import adamw
+module = torch.nn.Linear(2, 2)
+optimizer = adamw(module, lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0)
+module(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+print(*(name for name in ("torch._dynamo", "sklearn", "scipy.stats") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from selfsup.batch import Vocabulary
+from selfsup.building import build_encoder
 from selfsup.interop import weights
 from selfsup.interop.checkpoints import read_folder
 from selfsup.interop.configurations import read_config, skipped
-from selfsup.model_folder import build_encoder
 from selfsup.models.encoder_decoder import Config as EncoderDecoderConfig
 from selfsup.models.transformer import Config
 from selfsup.objective import Objective

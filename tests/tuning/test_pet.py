@@ -210,7 +210,7 @@ def test_search_finds_words_of_the_classes(masked_run, corpus):
     from selfsup.verbs import few_labels
 
     base = load_model(masked_run, "cpu")
-    labelled = few_labels._as(few_labels._read(base, corpus.labelled, {}), "cloze").take(range(40))
+    labelled = few_labels._as_cloze(few_labels._read(base, corpus.labelled, {})).take(range(40))
     # two blanks, and no good words for the classes
     text = "the film was {label} . {text}\n--- labels\nbad = the end\ngood = was\n"
     task = few_labels._cloze(base, text, {}, labelled, "x", seed=0)

@@ -7,10 +7,11 @@ from torch import nn
 from selfsup.batch import Vocabulary
 from selfsup.errors import ConfigError, DataError
 from selfsup.models import encoder_decoder
-from selfsup.models.attention import Cache
 from selfsup.models.attention_scores import attention_scores
 from selfsup.models.decoding import CausalWriter, DecoderWriter, Rules, beam_search, sample
-from selfsup.models.transformer import Config, TransformerEncoder, VocabularyHead, repacked
+from selfsup.models.transformer import Config, TransformerEncoder
+from selfsup.models.view import Cache, repacked
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.randomness import torch_generator
 from selfsup.tasks import classification, generation
 from selfsup.tuning.choice import Tuning, tune

@@ -9,9 +9,9 @@ from torch import nn
 from selfsup.batch import ImageSpec, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.models import resnet
-from selfsup.models.attention import Memory, View
 from selfsup.models.encoder_decoder import TransformerDecoder
-from selfsup.models.transformer import Cache, Config, TransformerEncoder
+from selfsup.models.transformer import Config, TransformerEncoder
+from selfsup.models.view import Cache, Memory, View
 from selfsup.randomness import isolated, seed_layers, torch_generator
 from selfsup.tasks import classification, tagging
 from selfsup.tuning.importance import head_importance, least_important, unit_importance

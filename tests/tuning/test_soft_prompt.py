@@ -8,9 +8,10 @@ import selfsup
 from selfsup.batch import ImageSpec, Vocabulary
 from selfsup.errors import ConfigError, DataError
 from selfsup.models import encoder_decoder
-from selfsup.models.attention import Cache
 from selfsup.models.decoding import CausalWriter, Rules, sample
-from selfsup.models.transformer import Config, TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import Config, TransformerEncoder
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.randomness import torch_generator
 from selfsup.tasks import classification
 from selfsup.training.checkpoint import load_tensors

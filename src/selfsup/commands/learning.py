@@ -6,11 +6,11 @@ Nothing heavy is imported before one of them runs.
 import argparse
 from typing import Any
 
-from selfsup import console
 from selfsup.commands.options import (
     column_options,
     columns_of,
     say_next,
+    say_next_of_task,
     set_option,
     settings_of,
     sources_of,
@@ -58,7 +58,9 @@ def add(parsers: Any) -> None:
     )
     p.add_argument("model", help="a pre-trained run folder")
     p.add_argument(
-        "--task", required=True, help="classification, tagging, regression, span_qa, generation"
+        "--task",
+        required=True,
+        help="classification, tagging, regression, span_qa, generation, cloze",
     )
     p.add_argument(
         "--data",
@@ -113,6 +115,4 @@ def finetune(options: argparse.Namespace) -> None:
     )
     if ranks.first():
         print(run)
-        console.say(
-            f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'"
-        )
+        say_next_of_task(run)

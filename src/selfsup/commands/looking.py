@@ -46,7 +46,7 @@ def add(parsers: Any) -> None:
         "  selfsup doctor\n  selfsup doctor photos/\n  selfsup doctor load.csv --kind series\n"
         "  selfsup doctor runs/mine",
     )
-    p.add_argument("path", nargs="?", help="data or a run folder")
+    p.add_argument("path", nargs="?", help="data, a run folder or an index")
     p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
     p.add_argument("--kind", help="text, image, audio, table or series (default: guessed)")
 

@@ -28,7 +28,9 @@ def add(parsers: Any) -> None:
     )
     p.add_argument("model", help="a pre-trained run folder")
     p.add_argument(
-        "--task", required=True, help="classification, tagging, regression, span_qa, generation"
+        "--task",
+        required=True,
+        help="classification, tagging, regression, span_qa, generation, cloze",
     )
     p.add_argument("--data", required=True, help="labelled file that subsets are drawn from")
     p.add_argument("--valid", help="labelled file that chooses learning rates (default: split off)")
@@ -48,7 +50,7 @@ def add(parsers: Any) -> None:
     )
     p.add_argument("--out", help="another place for compare.json")
     p.add_argument("--record", metavar="NAME", help="write the result to docs/results/NAME.json")
-    set_option(p, "tuning.lora.rank=16")
+    set_option(p, "tuning.lora.rank=16 task.template=topic.txt")
     column_options(p)
 
     p = verb(
@@ -135,7 +137,7 @@ def add(parsers: Any) -> None:
     group.add_argument(
         "--steps", type=int, help="steps per training (default: by number of labels)"
     )
-    group.add_argument("--tuning", help="full (default), or a name of selfsup list tunings")
+    group.add_argument("--tuning", help="names (selfsup list tunings), + for together (full)")
     group.add_argument("--max-length", type=int, help="longest item; texts: in tokens (128)")
     group.add_argument("--out", help="folder of results (suite-NAME in the run folder)")
 
@@ -143,11 +145,11 @@ def add(parsers: Any) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Compares the arms; prints a table and the verdict."""
     from selfsup import api, results
-    from selfsup.evaluation.compare import default_jobs
+    from selfsup.evaluation.compare_settings import default_jobs
 
     settings = {"seeds": tuple(options.seeds), "steps": options.steps, "tuning": options.tuning}
     settings |= {
-        "tuning_options": _tuning_options(options),
+        **_sections(options),
         "max_length": options.max_length,
         "jobs": options.jobs or default_jobs(),
     }
@@ -170,15 +172,17 @@ def compare(options: argparse.Namespace) -> None:
     console.say(f"next: selfsup report {options.model}")
 
 
-def _tuning_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What --set says of tunings, by their names; it may say nothing else."""
+def _sections(options: argparse.Namespace) -> dict[str, Any]:
+    """What --set says of task and tunings; it may say nothing else."""
     from selfsup.config import overridden
 
-    values = overridden({"tuning": {}}, settings_of(options))
+    values = overridden({"task": {}, "tuning": {}}, settings_of(options))
     for section in values:
-        if section != "tuning":
-            raise ConfigError(f"--set of compare changes tuning.NAME.KEY alone, got {section!r}")
-    return values["tuning"]
+        if section not in ("task", "tuning"):
+            raise ConfigError(
+                f"--set of compare changes task.KEY and tuning.NAME.KEY alone, got {section!r}"
+            )
+    return {"task_options": values["task"], "tuning_options": values["tuning"]}
 
 
 def _print_comparison(path: Path) -> None:
@@ -297,6 +301,8 @@ def _evaluate_exits(options: argparse.Namespace) -> None:
 
     if options.data is None:
         raise ConfigError("--exits chooses on its file and scores on another: give --data TEST")
+    if options.set:
+        raise ConfigError("--exits tries every setting: leave --set out")
     found = early_exit.measure_run(options.model, options.exits, options.data, columns_of(options))
     if options.record:
         scores = {key: found[key] for key in ("metric", "full", "settings", "chosen")}
@@ -314,6 +320,8 @@ def _evaluate_suite(options: argparse.Namespace, given: dict[str, Any]) -> None:
 
     if options.normal or columns_of(options):
         raise ConfigError("a suite says itself which columns it reads; leave them out")
+    if options.set:
+        raise ConfigError("--set is not for a --suite")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     started = time.monotonic()
     result = evaluate_suite(options.model, options.suite, options.data, options.out, **settings)

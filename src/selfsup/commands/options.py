@@ -51,11 +51,34 @@ def column_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--label", metavar="COLUMN", help="the label; for CoNLL-U also xpos, deprel")
 
 
+def workers_options(parser: argparse.ArgumentParser, jobs: int) -> None:
+    """Who works, which `workers_of` reads; `jobs` is the default."""
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=jobs,
+        help=f"processes side by side; 0: one for each core ({jobs})",
+    )
+    parser.add_argument(
+        "--engine",
+        default="local",
+        choices=["local", "ray"],
+        help="this machine, or a Ray cluster that shares its files (local)",
+    )
+
+
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What `--set` says, by dotted key."""
     from selfsup.config import parse_setting
 
     return dict(parse_setting(text) for text in options.set)
+
+
+def workers_of(options: argparse.Namespace) -> dict[str, Any]:
+    """`jobs` and `engine`."""
+    from selfsup.cores import cores
+
+    return {"jobs": options.jobs or cores(), "engine": options.engine}
 
 
 def columns_of(options: argparse.Namespace) -> dict[str, str]:
@@ -82,4 +105,8 @@ def say_next(run: str | Path) -> None:
 
 def say_next_of_task(run: str | Path) -> None:
     """The next steps after fine-tuning."""
-    console.say(f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} 'a text'")
+    from selfsup.config import read_toml
+
+    kind = read_toml(Path(run) / "run.toml")["data"]["name"]
+    item = {"text": "'a text'", "image": "PICTURE", "audio": "SOUND"}.get(kind, "--data NEW")
+    console.say(f"next: selfsup evaluate {run} --data TEST   or   selfsup predict {run} {item}")

@@ -1,19 +1,23 @@
-"""The verbs `prep clean`, `contamination`, `shard` and `tokens`: a corpus before it is learned.
+"""The verbs `prep clean`, `contamination`, `switch`, `shard`, `tokens`: a corpus before learning.
 
 Nothing heavy is imported before one of them runs.
 """
 
 import argparse
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from selfsup import console
-from selfsup.commands.options import Parser, set_option, settings_of, sources_of, verb
+from selfsup.commands.options import (
+    Parser,
+    set_option,
+    settings_of,
+    sources_of,
+    verb,
+    workers_of,
+    workers_options,
+)
 from selfsup.errors import ConfigError
-
-if TYPE_CHECKING:
-    from selfsup.workers import Workers
 
 
 def add(parsers: Any) -> None:
@@ -68,6 +72,25 @@ def add(parsers: Any) -> None:
     p.add_argument("--drop", metavar="OUT.jsonl", help="write the items that are not contaminated")
     p = verb(
         preparing,
+        "switch",
+        switch,
+        "write some words of a corpus in another language, so that an encoder learns both alike",
+        "  selfsup prep switch --data english.jsonl --lexicon en_zh.csv --from en --to zh \\\n"
+        "      --like chinese.jsonl --out switched.jsonl\n"
+        "  selfsup pretrain bert-mini-multilingual --data en=english.jsonl zh=chinese.jsonl \\\n"
+        "      switched=switched.jsonl --out runs/two",
+    )
+    p.add_argument("--data", required=True, nargs="+", help="the corpus, as for pretrain")
+    p.add_argument("--lexicon", required=True, nargs="+", help="csv or jsonl, a column a language")
+    p.add_argument("--from", required=True, dest="source", metavar="COLUMN", help="words to change")
+    p.add_argument("--to", required=True, dest="target", metavar="COLUMN", help="what they become")
+    p.add_argument("--like", nargs="+", help="put in only what these texts hold often")
+    p.add_argument("--share", type=float, default=0.5, help="of the known words (0.5)")
+    p.add_argument("--text", default="text", metavar="COLUMN", help="column of csv, jsonl, parquet")
+    p.add_argument("--seed", type=int, default=0, help="of what is changed (0)")
+    p.add_argument("--out", required=True, metavar="FILE.jsonl", help="the file to make")
+    p = verb(
+        preparing,
         "shard",
         shard,
         "write a corpus again as .jsonl.zst files of alike size",
@@ -85,7 +108,7 @@ def add(parsers: Any) -> None:
         help="what a document is in .txt files (file)",
     )
     p.add_argument("--megabytes", type=int, default=512, help="of a file, not packed (512)")
-    _workers_options(p)
+    workers_options(p, jobs=0)
     p = verb(
         preparing,
         "tokens",
@@ -99,19 +122,7 @@ def add(parsers: Any) -> None:
     p.add_argument("--data", required=True, nargs="+", help="the corpus, as for pretrain")
     p.add_argument("--check", action="store_true", help="read all that is there: is it unchanged?")
     set_option(p, "data.row_length=512, as for pretrain")
-    _workers_options(p)
-
-
-def _workers_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--jobs", type=int, default=0, help="processes side by side (0: one for each core)"
-    )
-    parser.add_argument(
-        "--engine",
-        default="local",
-        choices=["local", "ray"],
-        help="this machine, or a Ray cluster that shares its files (local)",
-    )
+    workers_options(p, jobs=0)
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -181,9 +192,29 @@ def contamination(options: argparse.Namespace) -> None:
         print(f"{worst['share']:.2f}\t{worst['words']} words\t{worst['origin']}\t{worst['text']}")
 
 
+def switch(options: argparse.Namespace) -> None:
+    """Writes a corpus with words changed; prints how many."""
+    from selfsup.data.code_switching import write_switched
+
+    found = write_switched(
+        options.data,
+        options.lexicon,
+        Path(options.out),
+        source=options.source,
+        target=options.target,
+        share=options.share,
+        like=options.like,
+        text_column=options.text,
+        seed=options.seed,
+    )
+    for key, value in found.items():
+        print(f"{key}\t{value:,}")
+
+
 def shard(options: argparse.Namespace) -> None:
     """Writes a corpus in shards; prints how much it is."""
     from selfsup.data.shard_files import write_shards
+    from selfsup.workers import Workers
 
     found = write_shards(
         options.data,
@@ -191,7 +222,7 @@ def shard(options: argparse.Namespace) -> None:
         text_column=options.text,
         split=options.split,
         megabytes=options.megabytes,
-        workers=_workers(options),
+        workers=Workers(**workers_of(options)),
     )
     for key, value in found.items():
         print(f"{key}\t{value:,}")
@@ -207,18 +238,13 @@ def tokens(options: argparse.Namespace) -> None:
     if config.data_name != "text":
         raise ConfigError(f"{options.recipe} learns from {config.data_name}; tokens are of text")
     from selfsup.data import text
+    from selfsup.workers import Workers
 
-    prepared = text.prepare(
-        config.data, sources_of(options), workers=_workers(options), check=options.check
-    )
+    workers = Workers(**workers_of(options))
+    prepared = text.prepare(config.data, sources_of(options), workers=workers, check=options.check)
     for key in ("documents", "duplicates", "files", "shards", "train_rows", "valid_rows"):
         print(f"{key}\t{prepared.facts.get(key, 1):,}")
+    print(f"bad_items\t{prepared.facts.get('bad_items', 0):,}")
     print(f"tokens\t{sum(prepared.facts[side]['tokens'] for side in ('train', 'valid')):,}")
     data = " ".join(options.data)
     console.say(f"next: selfsup pretrain {options.recipe} --data {data} --out RUN")
-
-
-def _workers(options: argparse.Namespace) -> "Workers":
-    from selfsup.workers import Workers
-
-    return Workers(options.jobs or len(os.sched_getaffinity(0)), options.engine)

@@ -6,7 +6,7 @@ Nothing heavy is imported before one of them runs.
 import argparse
 from typing import Any
 
-from selfsup.commands.options import sources_of, verb
+from selfsup.commands.options import sources_of, verb, workers_of, workers_options
 from selfsup.errors import ConfigError
 
 
@@ -20,6 +20,8 @@ def add(parsers: Any) -> None:
         "  selfsup embed runs/mine --data lines.txt --out vectors.npy\n"
         "  selfsup embed runs/mine --data texts/ --out vectors.parquet --dtype float16\n"
         "  selfsup embed runs/photos --data new/ --out index --index hnsw\n"
+        "  selfsup embed runs/mine --data crawl/ --out index --jobs 8\n"
+        "  selfsup embed runs/mine --data crawl/ --out /shared/index --engine ray\n"
         "The same command after a cut goes on where it was cut.",
     )
     p.add_argument("model", help="a run folder")
@@ -36,6 +38,7 @@ def add(parsers: Any) -> None:
     p.add_argument("--dtype", default="float32", help="float32 or float16 (float32)")
     p.add_argument("--index", help="exact, or approximate: ivf, hnsw, which need faiss (exact)")
     p.add_argument("--batch-size", type=int, default=64, help="items per forward pass (64)")
+    workers_options(p, jobs=1)
 
     p = verb(
         parsers,
@@ -78,6 +81,7 @@ def embed(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         index=options.index,
         batch_size=options.batch_size,
+        **workers_of(options),
     )
     print(f"{done.path}\t{done.rows} x {done.dim} {done.dtype}")
     if not done.path.suffix:

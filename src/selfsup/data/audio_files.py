@@ -4,10 +4,10 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import cpu_count
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from selfsup.cores import cores
 from selfsup.data import sources
 from selfsup.data.sources import HubDataset, Source, Wanted, fetched, opened
 from selfsup.errors import DataError
@@ -19,7 +19,7 @@ WANTED = Wanted(
     reads=lambda path: path.suffix.lower() in SUFFIXES,
     refusal=" gives no sound; looked for",
 )
-WORKERS = min(8, cpu_count() or 1)
+WORKERS = min(8, cores())
 T = TypeVar("T")
 R = TypeVar("R")
 

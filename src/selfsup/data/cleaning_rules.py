@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from selfsup.data.formats import decoded_text
 from selfsup.data.ngrams import UNSPACED_CHARACTER, sentences
+from selfsup.data.unpacking import decoded_text
 from selfsup.errors import ConfigError, nearest
 
 LINE_ENDS = tuple('.?!"。！？｡”」』؟۔।॥')

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from selfsup.batch import Batch, Vocabulary
+from selfsup.data.bad_items import BadItems
 from selfsup.data.dataset import Dataset
 from selfsup.data.reading import Document
 from selfsup.data.sharded import JoinedStream
@@ -245,8 +246,12 @@ def joined_facts(
     reads = rows.counts / rows.rows
     counts = ("documents", "parts", "empty", "duplicates")
     sizes = ("tokens", "words", "characters")
+    bad = BadItems("")
+    for meta in metas.values():
+        bad.more(meta.get("bad_items", 0), meta.get("bad_item_examples", []))
     return {
         **{key: sum(meta[key] for meta in metas.values()) for key in counts},
+        **bad.facts(),
         "fingerprint": hashlib.sha256(prints.encode()).hexdigest(),
         **{
             side: {key: sum(meta[side][key] for meta in metas.values()) for key in sizes}

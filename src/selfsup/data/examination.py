@@ -20,11 +20,12 @@ import numpy as np
 from selfsup import console
 from selfsup.data import audio_files, image_files
 from selfsup.data.bad_items import BadItems
-from selfsup.data.formats import decoded_text, format_of
+from selfsup.data.formats import format_of
 from selfsup.data.labels import class_order
 from selfsup.data.series_files import TIME
 from selfsup.data.sources import HubDataset, Wanted, class_folders, find
 from selfsup.data.table_files import kind_of
+from selfsup.data.unpacking import decoded_text
 from selfsup.errors import DataError
 
 KINDS = ("text", "image", "audio", "table", "series")
@@ -133,7 +134,7 @@ class Tally:
         Args:
             what: the items, in the plural.
         """
-        bad = len(self.bad.found)
+        bad = self.bad.count
         good = self.total - bad
         yield line("readable", f"{good:,} of {self.total:,}" if bad else "yes, all of it")
         for reason, names in sorted(self.reasons.items(), key=lambda pair: -len(pair[1])):
@@ -161,13 +162,15 @@ def examine_text(source: str, text_column: str) -> Iterator[str]:
     """Counts of documents and characters.
 
     Raises:
-        DataError: a file cannot be read, or every document is empty.
+        DataError: a file cannot be read, more than 2% of the items cannot, or every document is
+            empty.
     """
     from selfsup.data.reading import documents
 
     count = characters = empty = duplicates = 0
     digests: set[bytes] = set()
-    stream = documents(source, text_column=text_column)
+    bad = BadItems(source)
+    stream = documents(source, text_column=text_column, bad=bad)
     for _, parts in itertools.groupby(stream, key=lambda document: document.number):
         digest, blank = hashlib.blake2b(digest_size=8), True
         for document in parts:
@@ -178,12 +181,17 @@ def examine_text(source: str, text_column: str) -> Iterator[str]:
         duplicates += digest.digest() in digests
         digests.add(digest.digest())
     if count == empty:
+        bad.check()
         raise DataError(f"{source}: {count} documents, all empty")
-    yield line("readable", "yes, all of it")
+    good = bad.total - bad.count
+    yield line("readable", f"{good:,} of {bad.total:,}" if bad.count else "yes, all of it")
+    for example in bad.examples:
+        yield line("not usable", example)
     yield line("documents", f"{count:,}")
     yield line("empty", f"{empty:,}")
     yield line("duplicates", f"{duplicates:,}")
     yield line("characters", f"{characters:,} (about {characters // 4:,} tokens of English)")
+    bad.check()
 
 
 def examine_images(source: str) -> Iterator[str]:

@@ -10,46 +10,50 @@
 
 Each also with .gz, .xz or .zst behind it. Nothing is held whole in memory but one record; errors
 name the file, and the line where there is one.
+
+A damaged line, row or element is given as the `DataError` that says what is wrong with it, and
+reading goes on behind it. Damage without such bounds is raised.
 """
 
 import csv
-import gzip
 import io
-import itertools
 import json
-import lzma
 import re
 import shutil
-import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from operator import itemgetter
-from pathlib import Path
-from typing import IO, Any, Literal, cast
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any, Literal
 
-from selfsup.data.remote import RemoteFile, unreadable
-from selfsup.errors import DataError, SelfsupError, nearest
+from selfsup.data.unpacking import (
+    CHUNK,
+    COMPRESSIONS,
+    File,
+    cleared,
+    compression_of,
+    is_utf8,
+    lenient_text,
+    not_utf8,
+    unpacked,
+)
+from selfsup.errors import DataError, nearest
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-COMPRESSIONS = (".gz", ".xz", ".zst")
 KNOWN = f"{' '.join(FORMATS)}, each also with {' '.join(COMPRESSIONS)}"
-CHUNK = 1 << 16  # characters read at once
-File = Path | RemoteFile
+LONGEST = 1 << 26  # characters of a field in .csv; a forgotten quote may hold no more in memory
 Split = Literal["file", "line", "blank_line"]
 Take = Callable[[Any, str, str], Any]  # of (record, column, "file:place"): `text_of`, `record_of`
+Piece = tuple[int, str | DataError]
 
 
 def format_of(path: File) -> tuple[str, str]:
     """(format, compression) by the extensions, "" where there is none."""
-    name = path.name.lower()
-    compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
-    name = name.removesuffix(compression)
+    compression = compression_of(path)
+    name = path.name.lower().removesuffix(compression)
     return next((f for f in FORMATS if name.endswith(f)), ""), compression
 
 
-def fragments(path: File, column: str, split: Split) -> Iterator[tuple[int, str]]:
+def fragments(path: File, column: str, split: Split) -> Iterator[Piece]:
     """Pieces of the documents of one file: neighbours with the same place are one document.
 
     Args:
@@ -59,34 +63,31 @@ def fragments(path: File, column: str, split: Split) -> Iterator[tuple[int, str]
 
     Yields:
         (place, text): place is the line, row or element, from 1; 0 where the file is the document.
+        (place, error): a line, row or element that cannot be used; of a line of more than 65,536
+        characters only a part may be meant.
 
     Raises:
-        DataError: the file is damaged, not UTF-8, or lacks the column.
+        DataError: the file is damaged as a whole, UTF-16, or lacks the column.
     """
     if format_of(path)[0] == ".txt":
         return _txt(path, split)
     return _taken(path, column, text_of)
 
 
-def records(path: File, column: str, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The documents of one file with all their columns, each whole in memory.
+def records(path: File, column: str) -> Iterator[tuple[int, Any]]:
+    """The documents of one file of a format with columns, with all of these, each whole in memory.
 
     Args:
-        path: a file with one of the known extensions.
-        column: where the text is; it is a string in every record, whatever the format.
-        split: what a document is in .txt files.
+        path: a file with one of the known extensions, but .txt.
+        column: where the text is; it is a string in every record.
 
     Yields:
-        (place, record): place as in `fragments`.
+        (place, record) or (place, error): as in `fragments`.
 
     Raises:
         DataError: as `fragments`.
     """
-    if format_of(path)[0] == ".txt":
-        for place, pieces in itertools.groupby(_txt(path, split), key=itemgetter(0)):
-            yield place, {column: "".join(text for _, text in pieces)}
-    else:
-        yield from _taken(path, column, record_of)
+    return _taken(path, column, record_of)
 
 
 def _taken(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
@@ -100,18 +101,35 @@ def _taken(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     return _csv(path, column, "\t" if kind == ".tsv" else ",", take)
 
 
-def _txt(path: File, split: Split) -> Iterator[tuple[int, str]]:
-    with decoded_text(path) as stream:
-        if split == "file":
+def _whole_txt(path: File) -> Iterator[Piece]:
+    """The file as one document: stretches of many lines where they are sound."""
+    with lenient_text(path) as stream:
+        chunk, line = stream.read(CHUNK), 1
+        if not chunk:
             yield 0, ""  # an empty file is an empty document
-            while chunk := stream.read(CHUNK):
+        while chunk:
+            chunk += stream.readline(CHUNK)  # cuts no line, or one that is longer
+            if is_utf8(chunk):
                 yield 0, chunk
-            return
+            else:
+                for number, text in enumerate(io.StringIO(chunk), start=line):
+                    yield 0, text if is_utf8(text) else not_utf8(text, f"{path}:{number}")
+            line += chunk.count("\n")
+            chunk = stream.read(CHUNK)
+
+
+def _txt(path: File, split: Split) -> Iterator[Piece]:
+    if split == "file":
+        yield from _whole_txt(path)
+        return
+    with lenient_text(path) as stream:
         line, paragraph = 1, 1
         line_begins = paragraph_begins = True
         while fragment := stream.readline(CHUNK):
             text = fragment.removesuffix("\n")
-            if split == "line":
+            if not is_utf8(fragment):
+                yield line, not_utf8(fragment, f"{path}:{line}")
+            elif split == "line":
                 yield line, text
             elif line_begins and len(fragment) < CHUNK and not text.strip():
                 paragraph, paragraph_begins = line + 1, True
@@ -124,24 +142,36 @@ def _txt(path: File, split: Split) -> Iterator[tuple[int, str]]:
 
 
 def _jsonl(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
-    with decoded_text(path) as stream:
+    def record_in(text: str, where: str) -> Any:
+        if not is_utf8(text):
+            raise not_utf8(text, where)
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not JSON ({error.msg} at column {error.colno}); "
+                "every line must be one object"
+            ) from error
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, deep nesting
+            raise DataError(f"{where}: JSON that cannot be read ({error})") from error
+        return take(record, column, where)
+
+    with lenient_text(path) as stream:
         for line, text in enumerate(stream, start=1):
-            if text.isspace():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{line}: not JSON ({error.msg} at column {error.colno}); "
-                    "every line must be one object"
-                ) from error
-            yield line, take(record, column, f"{path}:{line}")
+            if not text.isspace():
+                yield line, or_error(record_in, text, f"{path}:{line}")
 
 
 def _json(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     """A list, or objects one after another, decoded element by element."""
     decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    with decoded_text(path) as stream:
+
+    def element(record: Any, text: str, where: str) -> Any:
+        if not is_utf8(text):
+            raise not_utf8(text, where)
+        return take(record, column, where)
+
+    with lenient_text(path) as stream:
         held, at, line, number = stream.read(CHUNK), 0, 1, 0
         is_list = held.lstrip().startswith("[")
         if is_list:
@@ -162,74 +192,129 @@ def _json(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
                     return
                 line += held.count("\n", 0, error.pos)
                 raise DataError(f"{path}:{line}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                line += held.count("\n", 0, start)
+                raise DataError(f"{path}:{line}: JSON that cannot be read ({error})") from error
             number += 1
-            yield number, take(record, column, f"{path}: element {number}")
+            where = f"{path}: element {number}"
+            yield number, or_error(element, record, held[start:end], where)
             at = end
 
 
 def _csv(path: File, column: str, delimiter: str, take: Take) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses 131,073 characters
-    with decoded_text(path, newline="") as stream:
-        # Strict: otherwise a forgotten quote swallows the rest of the file in silence. In .tsv a
-        # quote is a character, as in GLUE and as labelled files are read.
+    with lenient_text(path, newline="") as stream:
+        rows = _csv_rows(path, stream, delimiter)
+        _, header = next(rows, (1, None))
+        if header is None:
+            return
+        if isinstance(header, DataError):
+            raise header
+        if column not in header:
+            raise _no_column(f"{path}:1", column, header)
+        place = header.index(column)
+
+        def record_in(row: list[str] | DataError, where: str) -> Any:
+            if isinstance(row, DataError):
+                return row
+            if len(row) != len(header):
+                raise DataError(
+                    f"{where}: {len(row)} fields, but the first row names {len(header)}; a text "
+                    f"that holds {delimiter!r} is quoted in .csv, and cannot stand in .tsv"
+                )
+            record = {**dict(zip(header, row, strict=True)), column: row[place]}
+            return take(record, column, where)
+
+        for line, row in rows:
+            if row:  # blank lines are no rows
+                yield line, or_error(record_in, row, f"{path}:{line}")
+
+
+def _csv_rows(
+    path: File, stream: IO[str], delimiter: str
+) -> Iterator[tuple[int, list[str] | DataError]]:
+    """(line where it begins, row); where quotes do not fit, one line is given up and the next read.
+
+    So a forgotten quote costs its own line: it does not swallow the rest of the file. In .tsv a
+    quote is a character, as in GLUE and as labelled files are read.
+    """
+    csv.field_size_limit(LONGEST)  # the default refuses 131,073 characters
+    again = deque[str]()  # lines that are to be read once more
+    held: list[str] = []  # the lines of one row
+    line, ended = 1, False
+
+    def read() -> str:
+        held.append(again.popleft() if again else stream.readline())
+        return held[-1]
+
+    while not ended:
         if delimiter == "\t":
-            rows = csv.reader(stream, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+            rows = csv.reader(iter(read, ""), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
         else:
-            rows = csv.reader(stream, delimiter=delimiter, strict=True)
+            rows = csv.reader(iter(read, ""), delimiter=delimiter, strict=True)
         try:
-            header = next(rows, None)
-            if header is None:
-                return
-            if column not in header:
-                raise DataError(f"{path}:1: no column {column!r}{nearest(column, header)}")
-            place, line = header.index(column), rows.line_num + 1
             for row in rows:
-                if row:  # blank lines are no rows
-                    if len(row) != len(header):
-                        raise DataError(
-                            f"{path}:{line}: {len(row)} fields, but the first row names "
-                            f"{len(header)}; a text that holds {delimiter!r} is quoted in .csv, "
-                            "and cannot stand in .tsv"
-                        )
-                    record = {**dict(zip(header, row, strict=True)), column: row[place]}
-                    yield line, take(record, column, f"{path}:{line}")
-                line = rows.line_num + 1
+                bad = next((text for text in held if not is_utf8(text)), None)
+                yield line, row if bad is None else not_utf8(bad, f"{path}:{line}")
+                line += len(held)
+                held.clear()
+            ended = True
         except csv.Error as error:
-            raise DataError(
-                f"{path}:{rows.line_num}: {error}; a text with quotes is written in quotes, with "
-                "each quote inside it doubled"
-            ) from error
+            again.extendleft(reversed(held[1:]))
+            held.clear()
+            yield (
+                line,
+                DataError(
+                    f"{path}:{line}: {error}; a text with quotes is written in quotes, with each "
+                    "quote inside it doubled"
+                ),
+            )
+            line += 1
 
 
 def _parquet(path: File, column: str, take: Take) -> Iterator[tuple[int, Any]]:
     import pyarrow as arrow
     from pyarrow import parquet
 
-    with _clear(path), tempfile.TemporaryFile() as unpacked, _binary(path) as stream:
-        if format_of(path)[1]:  # Parquet is read from its end: it must lie on a disk
-            shutil.copyfileobj(stream, unpacked)
-            unpacked.seek(0)
-            stream = unpacked
+    with cleared(path), tempfile.TemporaryFile() as file, unpacked(path) as stream:
+        if compression_of(path):  # Parquet is read from its end: it must lie on a disk
+            shutil.copyfileobj(stream, file)
+            file.seek(0)
+            stream = file
         try:
             table = parquet.ParquetFile(stream)
             names = table.schema_arrow.names
             if column not in names:
-                raise DataError(f"{path}: no column {column!r}{nearest(column, names)}")
+                raise _no_column(str(path), column, names)
             number = 0
             columns = [column] if take is text_of else None
             for batch in table.iter_batches(batch_size=1000, columns=columns):
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, take(record, column, f"{path}: row {number}")
+                    yield number, or_error(take, record, column, f"{path}: row {number}")
         except arrow.ArrowException as error:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def or_error(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function gives, or the `DataError` that it raises."""
+    try:
+        return function(*given)
+    except DataError as error:
+        return error
+
+
+def _no_column(where: str, column: str, known: Iterable[str]) -> DataError:
+    return DataError(
+        f"{where}: no column {column!r}{nearest(column, known)}; say which column is the text: "
+        "pretrain with --set data.text_column=NAME, other verbs with --text NAME"
+    )
 
 
 def text_of(record: Any, column: str, where: str) -> str:
     """The text of a record, or of a bare string; a null is an empty text."""
     if isinstance(record, dict):
         if column not in record:
-            raise DataError(f"{where}: no column {column!r}{nearest(column, record)}")
+            raise _no_column(where, column, record)
         record = record[column]
     if record is None:
         return ""
@@ -246,78 +331,3 @@ def record_of(record: Any, column: str, where: str) -> dict[str, Any]:
     """A record whose `column` is a string; a bare string becomes one."""
     fields = record if isinstance(record, dict) else {}
     return {**fields, column: text_of(record, column, where)}
-
-
-@contextmanager
-def _binary(path: File) -> Iterator[IO[bytes]]:
-    """The unpacked bytes of a file, streamed."""
-    compression = format_of(path)[1]
-    with ExitStack() as stack:
-        if compression == ".zst":
-            import pyarrow as arrow  # it notices a truncated stream; zstandard's own does not
-
-            packed = str(path) if isinstance(path, Path) else stack.enter_context(path.open("rb"))
-            yield stack.enter_context(arrow.input_stream(packed, compression="zstd"))
-            return
-        stream = stack.enter_context(path.open("rb"))
-        if compression == ".gz":
-            stream = cast(IO[bytes], stack.enter_context(gzip.open(stream, "rb")))
-        elif compression == ".xz":
-            stream = stack.enter_context(lzma.open(stream, "rb"))
-        yield stream
-
-
-@contextmanager
-def decoded_text(path: File, newline: str | None = None) -> Iterator[IO[str]]:
-    """The file as UTF-8 text, a byte order mark left out."""
-    with (
-        _clear(path),
-        _binary(path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as stream,
-    ):
-        yield stream
-
-
-@contextmanager
-def _clear(path: File) -> Iterator[None]:
-    """Turns what can go wrong inside a file into a `DataError` that names it."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        offset, byte = _first_bad_byte(path)
-        raise DataError(
-            f"{path}: not UTF-8: byte {offset} is 0x{byte:02x}. Convert the file, for instance "
-            f"with: iconv -f {_likely_encoding(path)} -t utf-8 {path.name} > converted.txt"
-        ) from error
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        hint = "; the file is damaged or cut off, get it again" if format_of(path)[1] else ""
-        raise DataError(f"{path}: cannot be read ({reason}){hint}") from error
-    except Exception as error:  # the packages that read addresses raise their own
-        if isinstance(error, SelfsupError) or not isinstance(path, RemoteFile):
-            raise
-        raise unreadable(path.address, error) from error
-
-
-def _first_bad_byte(path: File) -> tuple[int, int]:
-    """(offset, value) of the byte at which the unpacked file stops being UTF-8."""
-    done, held, more = 0, b"", b"more"
-    with _binary(path) as stream:
-        while more:
-            more = stream.read(CHUNK)
-            held += more
-            try:
-                held.decode()
-            except UnicodeDecodeError as error:
-                # A character that the chunk cuts in two is no error yet.
-                if not more or error.end < len(held) or len(held) - error.start > 3:
-                    return done + error.start, held[error.start]
-                done, held = done + error.start, held[error.start :]
-            else:
-                done, held = done + len(held), b""
-    raise DataError(f"{path}: was changed while it was read; run it again")
-
-
-def _likely_encoding(path: File) -> str:
-    with _binary(path) as stream:
-        return "utf-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"

@@ -5,7 +5,6 @@ range, the EXIF orientation is applied, of an animation the first frame is taken
 """
 
 import io
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from selfsup.cores import cores
 from selfsup.data.image_files import Content, Picture
 from selfsup.errors import DataError
 
@@ -59,7 +59,7 @@ def decode_all(
     Yields:
         (picture, what became of it): a `DataError` holds the reason why it cannot be used.
     """
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, cores())
     waiting: deque[tuple[list[Picture], Future]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         for chunk in _chunks(stream):

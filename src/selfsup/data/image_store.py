@@ -138,7 +138,7 @@ def _build(found: list[Found], config: StoreConfig, folder: Path) -> dict[str, A
             side = tally.add(content, picture.label, result.animated, config)
             if side is not None:
                 (train, valid)[side].write(content)
-    bad.check(tally.pictures + len(bad.found))
+    bad.check(tally.pictures + bad.count)
     if tally.num_distinct() < 2:
         raise DataError(
             f"{source}: {tally.pictures} pictures, but training and validation need at least two "

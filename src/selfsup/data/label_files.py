@@ -71,8 +71,10 @@ def suffix_of(path: Path) -> str:
     """The suffix that names the format, lower-case, without a compression suffix.
 
     Raises:
-        DataError: a format that is not known.
+        DataError: a folder, or a format that is not known.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give one file")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -110,6 +112,11 @@ def table(path: Path, headerless: bool = False) -> tuple[list[str], list[Record]
         columns = [name.strip() for name in filled.pop(0)[1]]
         if len(set(columns)) < len(columns):
             raise DataError(f"{path}:1: two columns share a name; columns: {', '.join(columns)}")
+        if len(columns) == 1 and {";", "\t"} & set(columns[0]):
+            raise DataError(
+                f"{path}:1: one column, {columns[0]!r}: is it separated by something else? "
+                ".csv has commas between cells, .tsv has tabs"
+            )
     for number, cells in filled:
         if len(cells) != len(columns):
             raise DataError(
@@ -250,8 +257,8 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{path}:{start}: not CSV ({error}); a quote inside quotes is written twice, "
-            "and a file without quoting is called .tsv"
+            f"{path}:{start}: not CSV ({error}); commas separate cells, a quote inside quotes "
+            "is written twice, and a file without quoting is called .tsv"
         ) from error
 
 

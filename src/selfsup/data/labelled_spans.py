@@ -79,7 +79,10 @@ class LabelledSpans(LabelledDataset):
             )
         if max_length < 8:
             raise ConfigError(f"span_qa needs rows of at least 8 tokens, got {max_length}")
-        room = max_length - 3  # [CLS], [SEP], [SEP]
+        nothing = np.empty(0, dtype=np.int32)
+        special, segments = tokenizer.row(nothing, nothing)  # [CLS] [SEP] [SEP], and RoBERTa's more
+        self.before = int((segments == 0).sum())  # of them stand before the document
+        room = max_length - len(special)
         question_room = min(MAX_QUESTION, room // 2)
         stride = min(STRIDE, max_length // 3) if stride is None else stride
         if not 0 < stride <= room - question_room:
@@ -106,7 +109,7 @@ class LabelledSpans(LabelledDataset):
         ]
         self.answers = [self._answer_tokens(number) for number in range(len(labelled))]
         self.lengths = np.array(
-            [len(self.questions[w.question]) + w.end - w.first + 3 for w in self.windows]
+            [len(self.questions[w.question]) + w.end - w.first + len(special) for w in self.windows]
         )
 
     def _answer_tokens(self, number: int) -> tuple[int, int] | None:
@@ -138,7 +141,7 @@ class LabelledSpans(LabelledDataset):
 
     def _document_place(self, window: Window) -> int:
         """Where the document begins in the row, after [CLS] question [SEP]."""
-        return len(self.questions[window.question]) + 2
+        return len(self.questions[window.question]) + self.before
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -75,6 +75,13 @@ class Labelled:
         parts = tuple(self.parts[i] for i in numbers) if self.parts else ()
         return replace(self, items=items, labels=labels, groups=groups, parts=parts)
 
+    def facts(self) -> dict[str, Any]:
+        """For `run.toml`: how many there are, and a hash that says whether others are the same."""
+        digest = hashlib.blake2b(digest_size=16)
+        for item, label in zip(self.items, self.labels, strict=True):
+            digest.update(f"{content_key(item)} {content_key(label)}\n".encode())
+        return {"labelled_examples": len(self), "fingerprint": digest.hexdigest()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:

@@ -84,8 +84,8 @@ class Source:
         if not isinstance(self.words, dict):
             raise ValueError(f"words must be a section label = word, got {self.words!r}")
         for label, word in self.words.items():
-            if not isinstance(word, str) or not word.strip():
-                raise ValueError(f"words.{label} must be a text, got {word!r}")
+            if not isinstance(word, str) or len(word.strip().splitlines()) != 1:
+                raise ValueError(f"words.{label} must be one line of text, got {word!r}")
 
 
 def read(path: Path, task: str) -> Labelled:

@@ -17,8 +17,7 @@ from array import array
 
 import numpy as np
 from jaxtyping import Float, Int, UInt64
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy import sparse
 
 from selfsup.data.ngrams import ngram_hashes, word_hashes, words
 
@@ -99,8 +98,10 @@ class NearDuplicates:
             same = band[order[1:]] == band[order[:-1]]
             pairs.append(numbers[np.stack([order[:-1][same], order[1:][same]])])  # (2, pairs)
         left, right = np.concatenate(pairs, axis=1)
-        graph = coo_array((np.ones(len(left), bool), (left, right)), (self.count, self.count))
-        clusters = connected_components(graph, directed=False)[1]
+        graph = sparse.coo_array(
+            (np.ones(len(left), bool), (left, right)), (self.count, self.count)
+        )
+        clusters = sparse.csgraph.connected_components(graph, directed=False)[1]
         firsts = np.full(self.count, self.count)
         np.minimum.at(firsts, clusters, first)
         return firsts[clusters]

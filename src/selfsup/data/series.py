@@ -31,13 +31,22 @@ from typing import Any, final
 
 import numpy as np
 
-from selfsup import files
+from selfsup import console, files
 from selfsup.batch import Batch, SeriesSpec
 from selfsup.data.dataset import Prepared
 from selfsup.data.labelled_series import LabelledSeries
 from selfsup.data.labelled_series import read_labels as read_labels
 from selfsup.data.labels import Labelled
-from selfsup.data.series_files import KNOWN, PARTS, Config, Parts, read_cases, read_tables, read_ts
+from selfsup.data.series_files import (
+    KNOWN,
+    PARTS,
+    Config,
+    Parts,
+    read_cases,
+    read_tables,
+    read_ts,
+    stretches,
+)
 from selfsup.data.series_windows import Windows, channels_apart, padded
 from selfsup.data.table_files import files_of, fingerprint, kind_of
 from selfsup.errors import ConfigError, DataError
@@ -80,9 +89,16 @@ def prepare(
                 f"{source}: the {name} part is shorter than one window of {config.window} rows; "
                 "lower data.window, change data.splits, or give longer series"
             )
+    num_short = 0 if short else sum(len(series) < window for series in parts.train)
+    if num_short:
+        console.warn(
+            f"{num_short} of {len(parts.train)} series have fewer than data.window = {window} rows "
+            "to train on; they give no example"
+        )
     facts = {
         "files": len(paths),
         **parts.facts,
+        "series_too_short": num_short,
         "columns": len(parts.columns),
         "train_windows": len(train),
         "valid_windows": len(valid),
@@ -257,10 +273,16 @@ load_preprocessor = SeriesPreprocessor.load
 def read_items(
     source: str | Path | Sequence[str | Path], column: str | None, preprocessor: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(file:line, series) of every series of .ts files; `column` has no meaning here."""
-    for path in files_of(source, (".ts",)):
-        cases = read_ts(path)
-        yield from zip(cases.where, cases.series, strict=True)
+    """(file:line, series) of .ts files, and of tables cut into windows that do not overlap.
+
+    `column` has no meaning here.
+    """
+    for path in files_of(source, KNOWN):
+        if kind_of(path, KNOWN) == ".ts":
+            cases = read_ts(path)
+            yield from zip(cases.where, cases.series, strict=True)
+        else:
+            yield from stretches(path, preprocessor.columns, preprocessor.length)
 
 
 def with_preprocessor(config: Config, folder: Path) -> Config:

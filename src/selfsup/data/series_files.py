@@ -4,6 +4,7 @@ Both kinds are described in `series.py`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,6 @@ import numpy as np
 
 from selfsup import console
 from selfsup.data.bad_items import BadItems
-from selfsup.data.formats import decoded_text
 from selfsup.data.table_files import (
     MOSTLY_NUMERIC,
     NUMERIC,
@@ -24,6 +24,7 @@ from selfsup.data.table_files import (
     parsed,
     read_table,
 )
+from selfsup.data.unpacking import decoded_text
 from selfsup.errors import ConfigError, DataError, nearest
 
 TABLES = (".csv", ".tsv", ".txt", ".parquet")
@@ -139,6 +140,21 @@ def read_tables(config: Config, paths: list[Path], with_test: bool) -> Parts:
         **bad.facts(),
     }
     return Parts(columns, **parts, facts=facts)
+
+
+def stretches(
+    path: Path, columns: tuple[str, ...], length: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(file:line, (time, channel) float64) of a table cut every `length` rows; the last is shorter.
+
+    Raises:
+        DataError: it cannot be read, lacks a column, or more than 2% of the cells are text.
+    """
+    content, bad = read_table(path), BadItems(str(path))
+    values = np.stack([_numbers(content, name, bad) for name in columns], axis=1)
+    bad.check(values.size)
+    for begin in range(0, len(values), length):
+        yield content.where[begin], values[begin : begin + length]
 
 
 def _time_column(config: Config, content: Table) -> str:

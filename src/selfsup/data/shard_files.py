@@ -18,9 +18,10 @@ from typing import Any
 import zstandard
 
 from selfsup import files
+from selfsup.data.bad_items import BadItems
 from selfsup.data.formats import Split
 from selfsup.data.reading import document_records, resolve
-from selfsup.data.sharded import grouped, make_missing, whole_shard
+from selfsup.data.sharded import bad_items, grouped, make_missing, whole_shard
 from selfsup.data.sources import Place, Source, source_fingerprint
 from selfsup.errors import ConfigError
 from selfsup.workers import Workers
@@ -49,9 +50,10 @@ def write_shards(
         workers: who works; this process when None.
 
     Returns:
-        documents, bytes (of lines) and files, and the folders that hold them.
+        documents, bad items, bytes (of lines) and files, and the folders that hold them.
 
     Raises:
+        DataError: more than 2% of the items are bad; the shards are there without them.
         ConfigError: `out` holds another corpus, or this one with other settings.
         SelfsupError: as `Workers.run`.
     """
@@ -62,6 +64,7 @@ def write_shards(
     settings: dict[str, Any] = {"text_column": text_column, "split": split, "megabytes": megabytes}
     settings["fingerprint"] = source_fingerprint(places, settings)
     _claim(out, settings)
+    files.sweep(out)
     groups = grouped(places, limit)
     shards = {
         f"shard {number + 1} of {len(groups)} ({group[0]})": (
@@ -70,7 +73,10 @@ def write_shards(
         for number, group in enumerate(groups)
     }
     said = make_missing(write_group, shards, workers or Workers(), "writing shards")
+    bad = bad_items(places, said)
+    bad.check()
     counts = {key: sum(one[key] for one in said) for key in ("documents", "bytes")}
+    counts["bad_items"] = bad.count
     return {**counts, "files": sum(len(one["files"]) for one in said), "folders": len(said)}
 
 
@@ -85,7 +91,8 @@ def write_group(folder: Path, places: list[Place], column: str, split: Split, li
     """
     facts: dict[str, Any] = {"sources": [str(place) for place in places]}
     facts |= {"documents": 0, "bytes": 0}
-    records = document_records(places, text_column=column, split=split)
+    bad = BadItems(str(places[0]))
+    records = document_records(places, text_column=column, split=split, bad=bad)
     with whole_shard(folder, facts) as aside:
         for number, lines in enumerate(_parts((_line(record) for _, record in records), limit)):
             path = aside / f"part-{number:05d}.jsonl.zst"
@@ -95,6 +102,7 @@ def write_group(folder: Path, places: list[Place], column: str, split: Split, li
                     packed.write(line)
                     facts["documents"] += 1
                     facts["bytes"] += len(line)
+        facts |= {"items": bad.total, **bad.facts()}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

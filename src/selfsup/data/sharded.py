@@ -4,8 +4,8 @@
                             valid.bin       but with a separator also after the last one
                             documents.bin   a hash of every document: uint64, big-endian
                             occurrences.bin how often each id occurs in train.bin: int64
-                            .manifest.json  counts, settings, names of the files that were read,
-                                            and size and SHA-256 of those above
+                            .manifest.json  counts, bad items among them, settings, names of the
+                                            files that were read, size and SHA-256 of those above
 
 A shard holds about `SHARD_BYTES` of files and depends on nothing else, so it can be made anywhere
 and is kept when the work stops. One after another they are the stream that one pass would give.
@@ -24,6 +24,7 @@ import numpy as np
 
 from selfsup import console, files
 from selfsup.batch import Vocabulary
+from selfsup.data.bad_items import BadItems
 from selfsup.data.reading import documents
 from selfsup.data.sources import Place, size_of
 from selfsup.data.token_streams import StoreConfig, id_type, unigram_facts, write_streams
@@ -112,17 +113,23 @@ def make_missing(
     missing = {name: given for name, given in shards.items() if manifest(given[0], True) is None}
     if len(missing) < len(shards):
         console.say(f"{len(shards) - len(missing)} of {len(shards)} shards are there already")
-    workers.run(work, missing, title)
-    said = []
-    for folder, *_ in shards.values():
-        found = manifest(folder)
-        if found is None:
-            raise StorageError(
-                f"{folder}: was made, but is not seen here; all machines must share this folder "
-                "(that of tokenized corpora is SELFSUP_CACHE)"
-            )
-        said.append(found)
-    return said
+    workers.run(work, missing.items(), title)
+    return [made(folder) for folder, *_ in shards.values()]
+
+
+def made(folder: Path) -> dict[str, Any]:
+    """The manifest of a shard that was made just now.
+
+    Raises:
+        StorageError: another machine made it, and it is not seen here.
+    """
+    found = manifest(folder)
+    if found is None:
+        raise StorageError(
+            f"{folder}: was made, but is not seen here; all machines must share this folder "
+            "(that of tokenized corpora is SELFSUP_CACHE)"
+        )
+    return found
 
 
 def write_shard(
@@ -143,12 +150,26 @@ def write_shard(
     """
     tokenizer = Tokenizer(tokenizer_json)
     facts: dict[str, Any] = {"settings": key, "sources": [str(place) for place in places]}
-    stream = documents(places, text_column=config.text_column, split=config.split_documents)
+    bad = BadItems(str(places[0]))
+    split, column = config.split_documents, config.text_column
+    stream = documents(places, text_column=column, split=split, bad=bad)
     with whole_shard(folder, facts) as aside:
         written = write_streams(stream, tokenizer, config, aside, closed=True)
         (aside / "documents.bin").write_bytes(written.digests.astype(">u8").tobytes())
         (aside / "occurrences.bin").write_bytes(written.occurrences.astype("<i8").tobytes())
-        facts |= written.counts
+        facts |= {**written.counts, "items": bad.total, **bad.facts()}
+
+
+def bad_items(places: Sequence[Place], said: Sequence[dict[str, Any]] = ()) -> BadItems:
+    """Those of a corpus, by the manifests of its shards: none yet without them.
+
+    Shards of an older version do not count their items, and have no bad ones.
+    """
+    bad = BadItems(", ".join(map(str, places[:3])) + (", ..." if len(places) > 3 else ""))
+    for one in said:
+        bad.total += one.get("items", one["documents"])
+        bad.more(one.get("bad_items", 0), one.get("bad_item_examples", []))
+    return bad
 
 
 @final

@@ -29,7 +29,7 @@ from selfsup.data.remote import HERE, RemoteFile, is_address, listing
 from selfsup.errors import DataError, nearest
 
 HUB_PREFIX = "hf:"
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 FEW_SIBLINGS = 20  # with more files beside a missing one, its nearest name is mostly no slip
 
 

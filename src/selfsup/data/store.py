@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import numpy as np
 
 from selfsup import console, files
 from selfsup.data import sharded
-from selfsup.data.formats import COMPRESSIONS
 from selfsup.data.reading import PART_CHARS, Document, documents, resolve
 from selfsup.data.sharded import JoinedStream
 from selfsup.data.sources import Place, Source, size_of, source_fingerprint
@@ -36,6 +36,7 @@ from selfsup.data.token_streams import (
     write_streams,
 )
 from selfsup.data.tokenizer import Tokenizer
+from selfsup.data.unpacking import COMPRESSIONS
 from selfsup.errors import DataError
 from selfsup.workers import Workers
 
@@ -94,7 +95,8 @@ def build_or_open(
         check: reads shards that are there to see that no byte of them has changed.
 
     Raises:
-        DataError: the corpus cannot be read, or holds no text.
+        DataError: the corpus cannot be read, more than 2% of its items are bad, or it holds no
+            text.
         StorageError: the cache cannot be written; nothing half-written stays behind.
     """
     items = resolve(source)
@@ -106,6 +108,7 @@ def build_or_open(
         if store is not None:
             return store
         console.warn(f"{folder}: the tokenized corpus is damaged; it is made again")
+    files.sweep(cache)
     with files.whole_folder(folder) as aside:
         meta = _build_shards(items, tokenizer, config, key, aside, workers or Workers(), cache)
         if meta is None:
@@ -178,12 +181,15 @@ def _build_shards(
     meta = sharded.joined_facts(folders, said, tokenizer.vocabulary, separator)
     if min(meta[side]["tokens"] for side in sharded.STREAMS) == 0:
         return None
+    bad = sharded.bad_items(items, said)
+    bad.check()
     files.write_json(folder / SHARDS, names)
-    return {"version": VERSION, **meta}
+    return {"version": VERSION, **meta, **bad.facts()}
 
 
 def _are_few(items: list[Place], config: StoreConfig) -> bool:
-    stream = documents(items, text_column=config.text_column, split=config.split_documents)
+    options: dict[str, Any] = {"text_column": config.text_column, "split": config.split_documents}
+    stream = documents(items, **options, bad=sharded.bad_items(items))
     return not any(document.number + 1 == FEW_DOCUMENTS for document in stream)
 
 
@@ -191,24 +197,32 @@ def _build(
     items: list[Place], tokenizer: Tokenizer, config: StoreConfig, folder: Path
 ) -> dict[str, Any]:
     """Writes both streams into `folder` and returns the meta data."""
-    options: dict[str, Any] = {"text_column": config.text_column, "split": config.split_documents}
+
+    def read(**more: Any) -> Iterator[Document]:
+        split, column = config.split_documents, config.text_column
+        return documents(items, text_column=column, split=split, **more)
+
+    bad = sharded.bad_items(items)
     if not _are_few(items, config):
-        meta = _write(documents(items, **options), items, tokenizer, config, folder, None)
+        meta = _write(read(bad=bad), items, tokenizer, config, folder, None)
+        bad.check()
         if min(meta["train"]["tokens"], meta["valid"]["tokens"]) > 0:
-            return meta
-    num_chars = sum(len(d.text) for d in documents(items, **options))
+            return {**meta, **bad.facts()}
+    bad = sharded.bad_items(items)
+    num_chars = sum(len(document.text) for document in read(bad=bad))
+    bad.check()
     part_chars = int(num_chars * config.valid_fraction)
-    options["part_chars"] = min(PART_CHARS, max(MIN_PART_CHARS, part_chars))
-    chosen = _chosen_parts(documents(items, **options), config.valid_fraction)
-    meta = _write(documents(items, **options), items, tokenizer, config, folder, chosen)
+    part_chars = min(PART_CHARS, max(MIN_PART_CHARS, part_chars))
+    parts = partial(read, bad=sharded.bad_items(items), part_chars=part_chars)
+    chosen = _chosen_parts(parts(), config.valid_fraction)
+    meta = _write(parts(), items, tokenizer, config, folder, chosen)
     if min(meta["train"]["tokens"], meta["valid"]["tokens"]) == 0:
-        what = ", ".join(str(item) for item in items[:3]) + (", ..." if len(items) > 3 else "")
         raise DataError(
-            f"{what}: too little text for a training and a validation part: "
+            f"{bad.source}: too little text for a training and a validation part: "
             f"{meta['documents']} documents with {num_chars} characters, and {meta['empty']} "
             "empty ones; give more text"
         )
-    return meta
+    return {**meta, **bad.facts()}
 
 
 def _chosen_parts(stream: Iterator[Document], fraction: float) -> set[int]:

@@ -284,7 +284,10 @@ class TablePreprocessor:
         for column in self.columns:
             if column.name not in row:
                 hint = nearest(column.name, map(str, row))
-                raise DataError(f"item {number}: no column {column.name!r}{hint}")
+                raise DataError(
+                    f"item {number}: no column {column.name!r}{hint}; the model reads it. If it is "
+                    f"the label, pre-train with data.leave_out = [{column.name!r}]"
+                )
             value = parsed(row[column.name])
             if isinstance(value, str) and isinstance(column, NumericColumn):
                 raise DataError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import scipy
 import torch
-from scipy.special import ndtri
 
 from selfsup import console
 from selfsup.batch import Batch
@@ -153,7 +153,7 @@ def to_normal(x: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     above = np.interp(x, quantiles, ranks)
     below = -np.interp(-x, -quantiles[::-1], -ranks[::-1])
     margin = 0.5 / len(quantiles)
-    return ndtri(np.clip((above + below) / 2, margin, 1 - margin))
+    return scipy.special.ndtri(np.clip((above + below) / 2, margin, 1 - margin))
 
 
 def fit_column(

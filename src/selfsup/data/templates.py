@@ -17,11 +17,13 @@ joined by blank lines. Without `{examples}` there is no instruction. A pair's se
 
 Under `--- labels` each line is a class: its names in labelled files, and the word that stands for
 it, its verbalizer (Schick and Schütze, 2020, arXiv 2001.07676), which may be several tokens long.
+A name that holds "," or "=" is written as a JSON string: "acq, usa" = company.
 
 A masked language model reads both sides of the label, so a template for the task `cloze` may have
 texts behind it, "Just {label}! {text}"; the line `{examples}` and demonstrations it does not need.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ FOLDER = Path(__file__).parent.parent / "templates"
 PLACES = ("examples", "text", "text_b", "reasoning", "label")
 PLACE = re.compile(r"\{(\w+)\}")
 SECTION = re.compile(r"--- +(\S.*)")
+LABEL = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^",=][^,=]*?)\s*([,=])')
 
 
 @dataclass(frozen=True)
@@ -241,12 +244,11 @@ def _labels(name: str, lines: list[str], first: int) -> tuple[tuple[str, ...], d
     for i in range(first, len(lines)):
         if not lines[i].strip():
             continue
-        labels, equals, word = (part.strip() for part in lines[i].partition("="))
-        known = [label.strip() for label in labels.split(",")]
-        if not equals or not word or not all(known):
+        known, word = _names_and_word(lines[i])
+        if not word or not all(known):
             raise ConfigError(
-                f"{name}:{i + 1}: expected 'label = word' or 'label, label = word', "
-                f"got {lines[i]!r}"
+                f"{name}:{i + 1}: expected 'label = word' or 'label, label = word' (a label with "
+                f"a comma or an equals sign in double quotes), got {lines[i]!r}"
             )
         for label in known:
             if label in classes:
@@ -265,6 +267,26 @@ def _labels(name: str, lines: list[str], first: int) -> tuple[tuple[str, ...], d
     return tuple(words), classes
 
 
+def _names_and_word(line: str) -> tuple[list[str], str]:
+    """What stands before the equals sign and behind it; no word: the line is of another form."""
+    known, end = [], 0
+    while found := LABEL.match(line, end):
+        try:
+            known.append(json.loads(found[1]) if found[1].startswith('"') else found[1])
+        except ValueError:
+            break
+        end = found.end()
+        if found[2] == "=":
+            return known, line[end:].strip()
+    return [], ""
+
+
+def _written(label: str) -> str:
+    """A label as `_names_and_word` reads it."""
+    plain = _names_and_word(f"{label} = word") == ([label], "word")
+    return label if plain and label.splitlines() == [label] else json.dumps(label)
+
+
 def with_words(text: str, words: dict[str, str]) -> str:
     """A template's text with other verbalizers.
 
@@ -276,4 +298,5 @@ def with_words(text: str, words: dict[str, str]) -> str:
     """
     lines = text.splitlines()
     end = next(i for i, line in enumerate(lines) if SECTION.match(line))
-    return "\n".join([*lines[: end + 1], *(f"{label} = {word}" for label, word in words.items())])
+    written = [f"{_written(label)} = {word}" for label, word in words.items()]
+    return "\n".join([*lines[: end + 1], *written])

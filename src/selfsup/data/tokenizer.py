@@ -20,6 +20,7 @@ import tokenizers as library
 from selfsup import files
 from selfsup.batch import Vocabulary
 from selfsup.data.tokenizer_training import SENTINEL, TokenizerConfig, trained_json
+from selfsup.data.word_memory import WordMemory, serves
 from selfsup.errors import ConfigError, DataError, nearest
 
 FILE_NAME = "tokenizer.json"
@@ -123,6 +124,10 @@ class Tokenizer:
         twin.encode_special_tokens = True
         return twin
 
+    @cached_property
+    def _memory(self) -> WordMemory | None:
+        return WordMemory(self._plain) if serves(self._description) else None
+
     def encode(self, texts: list[str], *, parse_special: bool = True) -> list[np.ndarray]:
         """Ids of each text, without special tokens around it.
 
@@ -134,6 +139,8 @@ class Tokenizer:
         Returns:
             One (length,) int32 array per text; empty where a text holds nothing but space.
         """
+        if self._memory is not None and not parse_special:
+            return self._memory.encode(texts)
         wrapped = self._wrapped if parse_special else self._plain
         encoded = wrapped.encode_batch_fast(texts, add_special_tokens=False)
         out = [np.fromiter(one.ids, np.int32, len(one)) for one in encoded]

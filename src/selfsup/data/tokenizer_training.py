@@ -14,11 +14,13 @@ order that changes.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers as library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -167,13 +169,15 @@ def _alphabet(
     changes from run to run, and break ties between merges by those numbers. Given to it in a fixed
     order (the second list in the guise of special tokens), the same text gives the same file.
     """
-    raw: Counter[str] = Counter()
-    for text in sample:
-        raw.update(text)
+    raw = np.zeros(sys.maxunicode + 1, np.int64)
+    text = "".join(sample)
+    for start in range(0, len(text), 1 << 20):
+        block = text[start : start + (1 << 20)].encode("utf-32-le", "surrogatepass")
+        raw += np.bincount(np.frombuffer(block, "<u4"), minlength=len(raw))
     counts: Counter[str] = Counter()
-    for char, count in raw.items():
-        for letter in "".join(wrapped.normalizer.normalize_str(char).split()):
-            counts[letter] += count
+    for point in np.flatnonzero(raw):
+        for letter in "".join(wrapped.normalizer.normalize_str(chr(point)).split()):
+            counts[letter] += int(raw[point])
     letters: list[str] = []
     inner: list[str] = []
     for letter in sorted(counts, key=lambda one: (-counts[one], one)):

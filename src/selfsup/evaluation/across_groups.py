@@ -36,7 +36,7 @@ from selfsup.evaluation.similarity import (
     knn_accuracy,
     trial_pairs,
 )
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.encoder import Encoder
 from selfsup.randomness import numpy_generator
 

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 
 from selfsup import console
+from selfsup.building import build_objective
 from selfsup.data.dataset import LabelledDataset, Preprocessor
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError
 from selfsup.evaluation.metrics import METRICS
 from selfsup.evaluation.targets import part_accuracies
-from selfsup.model_folder import build_objective
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Task
 from selfsup.randomness import Order
@@ -189,6 +189,6 @@ def class_scores(
     return np.log(np.maximum(np.stack(shares).astype(np.float64), np.finfo(np.float32).tiny))
 
 
-def score(task: Task, data: LabelledDataset, metric: str | None = None) -> float:
-    """The task's metric (or another one) over all examples."""
-    return float(METRICS[metric or task.metric](*answers(task, data)))
+def score(task: Task, data: LabelledDataset) -> float:
+    """The task's metric over all examples."""
+    return float(METRICS[task.metric](*answers(task, data)))

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Bool, Float
-from scipy.special import ndtr
 from torch import Tensor
 
 from selfsup.batch import Batch, ImageSpec, TableSpec
@@ -34,7 +34,7 @@ from selfsup.errors import ConfigError
 from selfsup.evaluation.frozen import extract
 from selfsup.evaluation.metrics import threshold_for
 from selfsup.methods.autoencoding.autoencoder import squared_errors
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.decoders import target
 from selfsup.objective import Reconstructs
 from selfsup.randomness import Order
@@ -254,7 +254,7 @@ def original(column: NumericColumn, encoded: float) -> float:
     """A standardised number on the column's own scale: the inverse of `NumericColumn.encode`."""
     if column.quantiles:
         ranks = np.linspace(0, 1, len(column.quantiles))
-        return float(np.interp(ndtr(encoded), ranks, column.quantiles))
+        return float(np.interp(scipy.special.ndtr(encoded), ranks, column.quantiles))
     return column.mean + column.std * encoded
 
 
@@ -273,5 +273,5 @@ def line(name: str, found: Anomaly) -> str:
 
 def _shown(cell: Any) -> str:
     if isinstance(cell, float):
-        return f"{cell:.4g}" if abs(cell) < 1e4 else f"{cell:.0f}"
+        return f"{cell:.0f}" if 1e4 <= abs(cell) < 1e15 else f"{cell:.4g}"
     return MISSING if parsed(cell) is None else " ".join(str(cell).split())

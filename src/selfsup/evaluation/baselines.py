@@ -19,16 +19,9 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
-from sklearn.decomposition import PCA
-from sklearn.feature_extraction import FeatureHasher
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.multiclass import OneVsRestClassifier
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from selfsup.batch import Vocabulary
@@ -37,6 +30,10 @@ from selfsup.data.labels import Labelled
 from selfsup.evaluation import span_baseline, text_baseline
 from selfsup.evaluation.frozen import extract, raw_features
 from selfsup.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from scipy import sparse
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 LOGISTIC_C = (0.1, 1.0, 10.0, 100.0)
 RIDGE_ALPHA = (0.1, 1.0, 10.0, 100.0)
@@ -57,7 +54,7 @@ CANDIDATES = {"span_qa": span_baseline.candidates, "generation": text_baseline.c
 SCORED_BY = {"regression": "spearman", "span_qa": "answer_f1", "generation": "bleu"}
 
 Predict = Callable[[list[Any]], list[Any]]
-Featuriser = Callable[[list[Any]], sparse.csr_matrix | np.ndarray]
+Featuriser = Callable[[list[Any]], "sparse.csr_matrix | np.ndarray"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +134,9 @@ def _simplest(train: Labelled) -> tuple[str, Predict]:
 
 
 def _models(task: str) -> Iterator[tuple[str, Any]]:
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.multiclass import OneVsRestClassifier
+
     if task == "regression":
         for alpha in RIDGE_ALPHA:
             yield f"ridge regression, alpha={alpha:g}", Ridge(alpha, solver="sparse_cg")
@@ -150,6 +150,8 @@ def _models(task: str) -> Iterator[tuple[str, Any]]:
 
 def _dense_models(task: str) -> Iterator[tuple[str, Any]]:
     """For standardised columns, few or many."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+
     if task == "regression":
         for alpha in DENSE_ALPHA:
             yield f"ridge regression, alpha={alpha:g}", Ridge(alpha)
@@ -163,6 +165,8 @@ def _raw_featurisers(
     train: Labelled, preprocessor: Preprocessor
 ) -> Iterator[tuple[str, Featuriser]]:
     """The input as it comes, standardised, and its principal components; fitted on `train`."""
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import StandardScaler
 
     known: list[tuple[list[Any], np.ndarray]] = []  # decoding is slow: each list is read once
 
@@ -197,10 +201,13 @@ def _predictor(model: Any, features: Featuriser, task: str) -> Predict:
 
 def _featurisers(train: Labelled) -> Iterator[tuple[str, Featuriser]]:
     """Functions from items to sparse rows (one per item, or per word), fitted on `train`."""
+    from sklearn.feature_extraction import FeatureHasher
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     if train.task == "tagging":
         hasher = FeatureHasher(TAG_FEATURES, input_type="string", alternate_sign=False)
 
-        def hashed(items: list[Any]) -> sparse.csr_matrix:
+        def hashed(items: list[Any]) -> "sparse.csr_matrix":
             return hasher.transform(itertools.chain.from_iterable(map(word_features, items)))
 
         # A feature that no training word has would keep the weight 0.
@@ -221,12 +228,13 @@ def _featurisers(train: Labelled) -> Iterator[tuple[str, Featuriser]]:
         yield "TF-IDF of characters", _tfidf(characters, texts, pairs)
 
 
-def _tfidf(vectorizer: TfidfVectorizer, texts: list[str], pairs: bool) -> Featuriser:
+def _tfidf(vectorizer: "TfidfVectorizer", texts: list[str], pairs: bool) -> Featuriser:
     vectorizer.fit(texts)
     if not pairs:
         return vectorizer.transform
+    from scipy import sparse
 
-    def features(items: list[Any]) -> sparse.csr_matrix:
+    def features(items: list[Any]) -> "sparse.csr_matrix":
         a, b = (vectorizer.transform(side) for side in zip(*items, strict=True))
         product = a.multiply(b).tocsr()
         cosine = sparse.csr_matrix(product.sum(axis=1))

@@ -1,8 +1,8 @@
 """What training with a tuning costs: numbers that move, seconds, memory, and bytes to keep.
 
 Memory is counted from the tensors, not read from the machine, so it is the same number on a CPU and
-on a GPU: what one step keeps for its backward pass, gradients and the optimizer's two moments of
-all that is trained, and all weights. What a GPU really took stands beside it where there is one.
+on a GPU: what one step keeps for its backward pass, gradients and the optimizer's moments of all
+that is trained, and all weights. What a GPU really took stands beside it where there is one.
 """
 
 import time
@@ -18,12 +18,12 @@ from selfsup.model_folder import kept_weights, without_base
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Task
 from selfsup.randomness import isolated, seed_layers, torch_generator
-from selfsup.training.config import TrainingConfig
+from selfsup.training.config import Optimizer, TrainingConfig
 from selfsup.training.device import autocast, pick_dtype, to_device
+from selfsup.training.optim import num_moments
 from selfsup.tuning.choice import Tuning
 from selfsup.tuning.parts import trained
 
-MOMENTS = 2  # of AdamW, each as large as what is trained; the gradient is once more
 TIMED = 5  # passes whose shortest is the time of a step: what else runs only makes one longer
 
 
@@ -75,12 +75,12 @@ def measured(
     device = next(task.parameters()).device
     batch = to_device(data.batch(longest), device)
     with autocast(device, pick_dtype(training.precision, device)):
-        memory, shortest = step_memory(task, batch), step_seconds(task, batch)
+        memory, shortest = step_memory(task, batch, training.optimizer), step_seconds(task, batch)
     file_bytes = saved_bytes(task, base, tuning)
     return Cost(moved, moved / every, seconds, shortest, memory, file_bytes, gpu_memory)
 
 
-def step_memory(task: Task, batch: Batch) -> int:
+def step_memory(task: Task, batch: Batch, optimizer: Optimizer = "adamw") -> int:
     """Bytes of one training step: kept for backward, gradients, moments, and all weights.
 
     Kept for backward is what autograd saves, each storage once, without the weights and the batch.
@@ -98,9 +98,10 @@ def step_memory(task: Task, batch: Batch) -> int:
         device = next(iter(batch.values())).device
         task.loss(batch, torch_generator(0, "memory", device=device))
     activations = sum(size for place, size in kept.items() if place not in known)
-    moving = sum(p.nbytes for p in task.parameters() if p.requires_grad)
+    moving = [p for p in task.parameters() if p.requires_grad]
+    moments = sum(p.itemsize * num_moments(p.shape, optimizer) for p in moving)
     task.eval()
-    return activations + (1 + MOMENTS) * moving + sum(weights.values())
+    return activations + sum(p.nbytes for p in moving) + moments + sum(weights.values())
 
 
 def step_seconds(task: Task, batch: Batch) -> float:

@@ -23,11 +23,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
-from sklearn.ensemble import IsolationForest
-from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from selfsup import console, registry
@@ -38,7 +33,7 @@ from selfsup.errors import ConfigError, nearest
 from selfsup.evaluation.anomaly import FALSE_ALARM_RATE, detects, error_scores, histogram
 from selfsup.evaluation.frozen import extract, raw_features
 from selfsup.evaluation.metrics import area_under_roc, average_precision, threshold_for
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.randomness import Order
 from selfsup.training.device import to_device
 
@@ -53,24 +48,32 @@ Score = Callable[[Rows], Float[np.ndarray, " items"]]
 
 def gaussian(train: Rows, seed: int) -> Score:
     """Mahalanobis distance from the training rows; `seed` has no meaning here."""
+    from sklearn.covariance import LedoitWolf
+
     fitted = LedoitWolf().fit(train)
     return lambda rows: np.sqrt(fitted.mahalanobis(rows))
 
 
 def principal(train: Rows, seed: int) -> Score:
     """Squared error of what the principal components leave; `seed` has no meaning here."""
+    from sklearn.decomposition import PCA
+
     fitted = PCA(EXPLAINED, svd_solver="full").fit(train)
     return lambda rows: np.square(rows - fitted.inverse_transform(fitted.transform(rows))).sum(1)
 
 
 def neighbours(train: Rows, seed: int) -> Score:
     """Distance to the fifth nearest training row; `seed` has no meaning here."""
+    from sklearn.neighbors import NearestNeighbors
+
     fitted = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train))).fit(train)
     return lambda rows: fitted.kneighbors(rows)[0][:, -1]
 
 
 def forest(train: Rows, seed: int) -> Score:
     """How soon random splits set a row apart."""
+    from sklearn.ensemble import IsolationForest
+
     fitted = IsolationForest(n_estimators=TREES, random_state=seed).fit(train)
     return lambda rows: -fitted.score_samples(rows)
 
@@ -80,6 +83,8 @@ def largest_deviation(train: Rows, seed: int) -> Score:
 
     `seed` has no meaning here.
     """
+    from sklearn.preprocessing import StandardScaler
+
     fitted = StandardScaler().fit(train)
     return lambda rows: np.abs(fitted.transform(rows)).max(1)
 

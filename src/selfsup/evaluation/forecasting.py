@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import linalg
 from torch import Tensor
 
 from selfsup.batch import SeriesSpec
@@ -206,7 +206,7 @@ def fit_ridge(batches: Iterable[Rows], penalties: Sequence[Penalty]) -> list[Lin
         read = np.flatnonzero(np.isfinite(each))
         penalised = xx[np.ix_(read, read)] + np.diag(each[read])
         weight = np.zeros_like(xy)
-        weight[read] = linalg.solve(penalised, xy[read], assume_a="pos", overwrite_a=True)
+        weight[read] = scipy.linalg.solve(penalised, xy[read], assume_a="pos", overwrite_a=True)
         out.append(Linear(weight, mean_y - mean_x @ weight))
     return out
 

@@ -19,7 +19,7 @@ from selfsup.evaluation.layer_mix import fit_layer_mix
 from selfsup.evaluation.metrics import spearman
 from selfsup.evaluation.probes import fit_linear_probe, ridge_probe
 from selfsup.evaluation.similarity import knn_accuracy
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.encoder import Encoder, Features, masked_mean
 from selfsup.objective import Objective
 from selfsup.randomness import Order

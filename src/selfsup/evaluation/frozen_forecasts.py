@@ -22,7 +22,7 @@ from selfsup.data.table_files import files_of, read_table
 from selfsup.errors import ConfigError, SelfsupError
 from selfsup.evaluation.forecasting import forecast
 from selfsup.methods.generative.masked_series import MaskedSeries
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.transformer import TransformerEncoder
 
 LONG = 512  # lags of the longer ridge: the longest history of the published comparisons

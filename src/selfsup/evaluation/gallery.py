@@ -22,7 +22,7 @@ from selfsup.evaluation.gallery_audio import audio_panels
 from selfsup.evaluation.gallery_image import image_panels
 from selfsup.evaluation.gallery_parts import Panel
 from selfsup.evaluation.gallery_series import series_panels
-from selfsup.model_folder import Model
+from selfsup.model import Model
 
 
 def gallery(model: Model, held_out: Dataset) -> list[Panel]:

@@ -17,7 +17,7 @@ from selfsup.batch import AudioSpec, Batch
 from selfsup.data.dataset import Dataset
 from selfsup.data.filterbank import LogMel
 from selfsup.evaluation.gallery_parts import Cell, Panel, data_uri, held_out_numbers, near, png
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.objective import LooksAhead, Restores
 from selfsup.randomness import torch_generator
 from selfsup.training.device import to_device

@@ -9,7 +9,7 @@ from selfsup.batch import ImageSpec
 from selfsup.data.dataset import Dataset
 from selfsup.evaluation.gallery_parts import Cell, Panel, held_out_numbers, near, png
 from selfsup.methods.views import ViewConfig, augment
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.objective import Interpolates, Reconstructs, Samples
 from selfsup.randomness import torch_generator
 from selfsup.training.device import to_device

@@ -11,7 +11,7 @@ from PIL import Image
 from selfsup.data.dataset import Dataset
 from selfsup.evaluation.frozen import extract, pooled_features
 from selfsup.evaluation.similarity import nearest_neighbours
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.randomness import Order
 
 Cell = dict[str, Any]

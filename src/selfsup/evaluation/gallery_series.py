@@ -19,7 +19,7 @@ from torch import Tensor
 from selfsup.batch import Batch, SeriesSpec
 from selfsup.data.dataset import Dataset
 from selfsup.evaluation.gallery_parts import Cell, Panel, held_out_numbers
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.objective import Reconstructs, Restores
 from selfsup.randomness import torch_generator
 from selfsup.training.device import to_device

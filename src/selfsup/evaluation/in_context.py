@@ -30,9 +30,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float
-from scipy.special import softmax
 
 from selfsup import console
 from selfsup.data.labels import Labelled
@@ -45,7 +45,7 @@ from selfsup.randomness import torch_generator
 from selfsup.training.device import autocast
 
 if TYPE_CHECKING:
-    from selfsup.model_folder import Model
+    from selfsup.model import Model
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 
@@ -192,7 +192,7 @@ def _probabilities(
     if settings.normalise == "unconditional":
         alone = prompt_rows(model, [template.answer_context], template.words)
         scores -= prompt_scores(model, alone)  # (1, classes)
-    return softmax(scores, axis=1)
+    return scipy.special.softmax(scores, axis=1)
 
 
 def reasoning(

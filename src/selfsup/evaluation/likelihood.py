@@ -18,11 +18,11 @@ from selfsup.batch import Batch
 from selfsup.data.dataset import pad_mask, pad_rows
 from selfsup.data.tokenizer import Tokenizer
 from selfsup.errors import DataError
-from selfsup.models.attention import Cache
+from selfsup.models.view import Cache
 from selfsup.training.device import autocast, to_device
 
 if TYPE_CHECKING:
-    from selfsup.model_folder import Model
+    from selfsup.model import Model
 
 
 class Row(NamedTuple):

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
+import scipy
 
 from selfsup.evaluation.span_metrics import answer_f1, exact_match
 from selfsup.evaluation.text_metrics import bleu, chrf, rouge_1, rouge_2, rouge_l
@@ -53,8 +52,11 @@ def accuracy(truth: Labels, prediction: Labels) -> float:
 
 def macro_f1(truth: Labels, prediction: Labels) -> float:
     """Mean of the F1 of every class that occurs in truth or prediction; 0/0 counts as 0."""
+
+    from sklearn.metrics import f1_score
+
     truth, prediction = _flat(truth, prediction)
-    return float(sklearn_metrics.f1_score(truth, prediction, average="macro", zero_division=0.0))
+    return float(f1_score(truth, prediction, average="macro", zero_division=0.0))
 
 
 def f1_binary(truth: Labels, prediction: Labels, positive: Any = None) -> float:
@@ -66,19 +68,25 @@ def f1_binary(truth: Labels, prediction: Labels, positive: Any = None) -> float:
         positive: the class in question; None: the greater one of those that occur, so "1" of "0"
             and "1".
     """
+
+    from sklearn.metrics import f1_score
+
     truth, prediction = _flat(truth, prediction)
     if positive is None:
         positive = max({*truth, *prediction})
     found = [t == positive for t in truth], [p == positive for p in prediction]
-    return float(sklearn_metrics.f1_score(*found, zero_division=0.0))
+    return float(f1_score(*found, zero_division=0.0))
 
 
 def matthews(truth: Labels, prediction: Labels) -> float:
     """Matthews correlation, -1 to 1 (GLUE: CoLA); 0 where one side has a single class."""
+
+    from sklearn.metrics import matthews_corrcoef
+
     truth, prediction = _flat(truth, prediction)
     if len({*truth}) < 2 or len({*prediction}) < 2:
         return 0.0
-    return float(sklearn_metrics.matthews_corrcoef(truth, prediction))
+    return float(matthews_corrcoef(truth, prediction))
 
 
 def pearson(truth: Labels, prediction: Labels) -> float:
@@ -86,7 +94,7 @@ def pearson(truth: Labels, prediction: Labels) -> float:
     truth, prediction = _flat(truth, prediction)
     if len(set(truth)) < 2 or len(set(prediction)) < 2:
         return 0.0
-    return float(stats.pearsonr(truth, prediction).statistic)
+    return float(scipy.stats.pearsonr(truth, prediction).statistic)
 
 
 def spearman(truth: Labels, prediction: Labels) -> float:
@@ -94,7 +102,7 @@ def spearman(truth: Labels, prediction: Labels) -> float:
     truth, prediction = _flat(truth, prediction)
     if len(set(truth)) < 2 or len(set(prediction)) < 2:
         return 0.0
-    return float(stats.spearmanr(truth, prediction).statistic)
+    return float(scipy.stats.spearmanr(truth, prediction).statistic)
 
 
 def mean_squared_error(truth: Labels, prediction: Labels) -> float:
@@ -103,8 +111,11 @@ def mean_squared_error(truth: Labels, prediction: Labels) -> float:
     >>> mean_squared_error([1.0, 2.0], [1.0, 4.0])
     2.0
     """
+
+    from sklearn import metrics
+
     truth, prediction = _flat(truth, prediction)
-    return float(sklearn_metrics.mean_squared_error(truth, prediction))
+    return float(metrics.mean_squared_error(truth, prediction))
 
 
 def mean_absolute_error(truth: Labels, prediction: Labels) -> float:
@@ -113,8 +124,11 @@ def mean_absolute_error(truth: Labels, prediction: Labels) -> float:
     >>> mean_absolute_error([1.0, 2.0], [1.0, 4.0])
     1.0
     """
+
+    from sklearn import metrics
+
     truth, prediction = _flat(truth, prediction)
-    return float(sklearn_metrics.mean_absolute_error(truth, prediction))
+    return float(metrics.mean_absolute_error(truth, prediction))
 
 
 def area_under_roc(truth: Labels, scores: Labels, positive: Any = None) -> float:
@@ -128,8 +142,11 @@ def area_under_roc(truth: Labels, scores: Labels, positive: Any = None) -> float
     Raises:
         ValueError: only one class occurs, or there are not as many scores as labels.
     """
+
+    from sklearn.metrics import roc_auc_score
+
     found, scores = _detected(truth, scores, positive)
-    return float(sklearn_metrics.roc_auc_score(found, scores))
+    return float(roc_auc_score(found, scores))
 
 
 def average_precision(truth: Labels, scores: Labels, positive: Any = None) -> float:
@@ -145,8 +162,11 @@ def average_precision(truth: Labels, scores: Labels, positive: Any = None) -> fl
     Raises:
         ValueError: only one class occurs, or there are not as many scores as labels.
     """
+
+    from sklearn.metrics import average_precision_score
+
     found, scores = _detected(truth, scores, positive)
-    return float(sklearn_metrics.average_precision_score(found, scores))
+    return float(average_precision_score(found, scores))
 
 
 def _detected(truth: Labels, scores: Labels, positive: Any) -> tuple[list[bool], list[float]]:

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from selfsup.evaluation.features import Array, as_features, labelled_features
@@ -236,6 +235,8 @@ def pca_features(
     Returns:
         a function from rows to their components.
     """
+    from sklearn.decomposition import PCA
+
     rows = as_features(train).cpu().numpy()
     fitted = PCA(min(dim, *rows.shape), random_state=0).fit(rows)
     return lambda values: fitted.transform(as_features(values).cpu().numpy())

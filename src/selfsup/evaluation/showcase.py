@@ -9,8 +9,9 @@ import torch
 from selfsup.batch import Batch
 from selfsup.data.dataset import Dataset, LabelledDataset
 from selfsup.data.labels import Labelled
-from selfsup.model_folder import Model
+from selfsup.model import Model
 from selfsup.models.encoder import Encoder
+from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.objective import FillsBlanks, Generates
 from selfsup.randomness import Order, numpy_generator
 from selfsup.training.device import to_device
@@ -72,8 +73,8 @@ def _is_word(tokenizer: Any, vocabulary: Any, row: torch.Tensor, place: int) -> 
 
 
 def samples(model: Model, held_out: Dataset, count: int = 4) -> list[dict[str, str]]:
-    """Texts that the model writes on from held-out beginnings; empty where it cannot write."""
-    if not isinstance(model.objective, Generates):
+    """Texts that the model writes on from held-out beginnings; empty where it writes none on."""
+    if not isinstance(model.objective, Generates) or isinstance(model.encoder, EncoderDecoder):
         return []
     tokenizer = model.preprocessor.tokenizer
     numbers = Order(len(held_out), seed=1)[0 : min(count, len(held_out))]

@@ -26,6 +26,7 @@ from selfsup.evaluation.suite_task import Settings, TaskRun
 from selfsup.files import write_json
 from selfsup.model_folder import load_model
 from selfsup.objective import Task
+from selfsup.tuning.choice import Tuning
 
 
 def evaluate_suite(
@@ -54,8 +55,7 @@ def evaluate_suite(
         CheckpointError: the run is fine-tuned already.
     """
     plan, chosen = suite_plan.load(suite), Settings(**settings)
-    if chosen.tuning not in registry.TUNINGS:
-        registry.module_of(registry.TUNINGS, "tuning", chosen.tuning)  # says what is nearest
+    Tuning.of(chosen.tuning)  # says what is wrong with it
     folder = _data_folder(plan, suite, data)
     model = load_model(run)
     if isinstance(model.objective, Task):

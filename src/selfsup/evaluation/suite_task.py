@@ -24,7 +24,7 @@ from selfsup.evaluation.metrics import METRICS
 from selfsup.evaluation.suite_files import LAYOUTS, Question, Questions
 from selfsup.evaluation.suite_plan import Part, SuiteTask
 from selfsup.files import write_json
-from selfsup.model_folder import Model
+from selfsup.model import Model
 
 CHOOSING = 0.2  # share of the training part that chooses the learning rate
 MAX_CHOOSING = 1000  # questions
@@ -42,7 +42,7 @@ class Settings:
         seeds: each draws other initial weights and another order, and with `labels` other ones.
         lrs: peak learning rates to choose from; (): `adapt.default_training`, half and twice of it.
         steps: optimizer steps; None: `adapt.default_training`.
-        tuning: a name of `registry.TUNINGS`.
+        tuning: names of `registry.TUNINGS` as `Tuning.of` reads them.
         max_length: longest item (a text in tokens); None: what the task says, or 128.
     """
 

@@ -29,7 +29,7 @@ from selfsup.tasks.generation import IGNORED, Config, Generation
 from selfsup.training.device import autocast, pick_dtype, to_device
 
 if TYPE_CHECKING:
-    from selfsup.model_folder import Model
+    from selfsup.model import Model
 
 
 def pair_rows(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from selfsup.data.labels import Labelled
 from selfsup.data.tokenizer import CJK
@@ -43,6 +42,8 @@ def lead(text: str, num_words: int) -> str:
 
 
 def _memory(sources: list[str], targets: list[str]) -> Predict:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     vectorizer = TfidfVectorizer(
         analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, max_features=MAX_FEATURES
     )

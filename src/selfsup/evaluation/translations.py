@@ -19,7 +19,7 @@ from selfsup.data.dataset import Preprocessor
 from selfsup.data.label_files import find_column, table
 from selfsup.errors import ConfigError, DataError
 from selfsup.evaluation.frozen import layer_features
-from selfsup.model_folder import Model
+from selfsup.model import Model
 
 SHARED = "shared tokens"
 LEAST = 2  # pairs, below which there is nothing to look through

@@ -16,7 +16,7 @@ from selfsup.errors import ConfigError, DataError
 from selfsup.models.embeddings import TokenEmbedding
 
 if TYPE_CHECKING:
-    from selfsup.model_folder import Model
+    from selfsup.model import Model
 
 
 def nearest_words(

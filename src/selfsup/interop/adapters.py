@@ -40,7 +40,7 @@ def linear_rules(rules: list[Rule], encoder: Encoder) -> dict[str, Rule]:
     out = {}
     for rule in rules:
         place, _, last = rule.ours.removeprefix("encoder.").rpartition(".")
-        if last == "weight" and not rule.identical and not place.endswith("pooler"):
+        if last == "weight" and not rule.identical:
             try:
                 layer = encoder.get_submodule(place)
             except AttributeError:  # a head's
@@ -63,8 +63,14 @@ def module_of(name: str) -> str:
 
 
 def write_lora(places: Mapping[str, lora.LoRA], rules: Mapping[str, Rule]) -> dict[str, Change]:
-    """Changes of their modules, by name."""
+    """Changes of their modules, by name.
+
+    Raises:
+        ConfigError: a layer that their model does not have.
+    """
     out = {}
+    if lost := sorted(places.keys() - rules.keys()):
+        raise ConfigError(f"LoRA on {', '.join(lost)}: their model has no such linear layer")
     for place, part in places.items():
         rule, a, b = rules[place], part.a.detach(), part.b.detach()
         names, fused = [module_of(name) for name in rule.theirs], 3 * part.width

@@ -101,10 +101,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Path]:
         return load_tensors(path / WEIGHTS), path / WEIGHTS
     if (path / INDEX).is_file():
         try:
-            names = set(
-                json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            )
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            names = {str(name) for name in index["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path / INDEX}: not an index of shards ({error!r})") from error
         out: dict[str, Tensor] = {}
         for name in sorted(names):

@@ -170,8 +170,8 @@ def chosen(config: Any, model: str, kind: str, begins: bool) -> Family:
     if not found:
         raise ConfigError(
             f"a {kind} model on {model!r} has no counterpart in transformers; masked_language, "
-            "causal_language, replaced_token, denoising, classification and tagging on a "
-            "transformer can be exported"
+            "causal_language, replaced_token, denoising, classification, tagging, span_qa and "
+            "generation on a transformer can be exported"
         )
     _, name, lacking = min(found)
     shown = ", ".join(f"model.{key} = {getattr(config, key, None)!r}" for key in lacking)

@@ -35,6 +35,7 @@ class Head(NamedTuple):
     architecture: str
     rules: tuple[Rule, ...] = ()
     sentence: tuple[Rule, ...] = ()  # of `sentence_head`
+    pooler: str = ""  # what stands in the place of the family's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +115,17 @@ PRE = {
 }
 ENCODER = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 TAGGER = tuple(linear("head", "classifier"))
+READER = tuple(linear("head", "qa_outputs"))
 
 
 def _tied(weight: str, bias: str, table: str) -> dict[str, str]:
     """A decoder over the vocabulary repeats the table, and its bias stands in a second place."""
     return {f"{weight}.weight": table, f"{weight}.bias": bias}
+
+
+def writing(architecture: str, method: str) -> dict[str, Head]:
+    """A model that writes is the same before and after it is fine-tuned to."""
+    return {method: Head(architecture), "generation": Head(architecture)}
 
 
 BERT = Family(
@@ -143,6 +150,7 @@ BERT = Family(
         ),
         "classification": Head("BertForSequenceClassification", TAGGER),
         "tagging": Head("BertForTokenClassification", TAGGER),
+        "span_qa": Head("BertForQuestionAnswering", READER),
     },
     pooler="bert.pooler.dense",
     sentence="nsp",
@@ -158,14 +166,20 @@ ROBERTA = Family(
     keys=BERT_KEYS,
     layout=POST,
     required=ENCODER,
-    activation=("hidden_act", "gelu", GELUS),
+    activation=("hidden_act", "gelu", {"gelu": "gelu"}),  # its head knows no other
     rules=maps.bert,
     heads={
         "masked_language": Head(
             "RobertaForMaskedLM",
             tuple(maps.vocabulary_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")),
         ),
+        "classification": Head(
+            "RobertaForSequenceClassification",
+            tuple(linear("head", "classifier.out_proj")),
+            pooler="classifier.dense",
+        ),
         "tagging": Head("RobertaForTokenClassification", TAGGER),
+        "span_qa": Head("RobertaForQuestionAnswering", READER),
     },
     pooler="roberta.pooler.dense",
     tied=_tied("lm_head.decoder", "lm_head.bias", "roberta.embeddings.word_embeddings.weight"),
@@ -204,6 +218,7 @@ ALBERT = Family(
         ),
         "classification": Head("AlbertForSequenceClassification", TAGGER),
         "tagging": Head("AlbertForTokenClassification", TAGGER),
+        "span_qa": Head("AlbertForQuestionAnswering", READER),
     },
     pooler="albert.pooler",
     sentence="sop",
@@ -246,6 +261,7 @@ ELECTRA = Family(
             ),
         ),
         "tagging": Head("ElectraForTokenClassification", TAGGER),
+        "span_qa": Head("ElectraForQuestionAnswering", READER),
     },
     tied={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     dropped=("embeddings.position_ids",),
@@ -274,7 +290,7 @@ GPT2 = Family(
     },
     activation=("activation_function", "gelu_new", GELUS),
     rules=maps.gpt2,
-    heads={"causal_language": Head("GPT2LMHeadModel")},
+    heads=writing("GPT2LMHeadModel", "causal_language"),
     tied={"lm_head.weight": "transformer.wte.weight"},
     dropped=(".attn.bias", ".attn.masked_bias"),
 )
@@ -304,7 +320,7 @@ GPT_NEOX = Family(
     },
     activation=("hidden_act", "gelu", GELUS),
     rules=maps.gpt_neox,
-    heads={"causal_language": Head("GPTNeoXForCausalLM")},
+    heads=writing("GPTNeoXForCausalLM", "causal_language"),
     imports=False,
 )
 
@@ -359,7 +375,7 @@ BART = Family(
     required={"scale_embedding": False, "tie_word_embeddings": True},
     activation=("activation_function", "gelu", GELUS),
     rules=maps.bart,
-    heads={"denoising": Head("BartForConditionalGeneration")},
+    heads=writing("BartForConditionalGeneration", "denoising"),
     tied={
         "model.encoder.embed_tokens.weight": "model.shared.weight",
         "model.decoder.embed_tokens.weight": "model.shared.weight",
@@ -403,7 +419,7 @@ T5 = Family(
     layout={**T5_LAYOUT, "experts": False},
     activation=("feed_forward_proj", "relu", T5_ACTIVATIONS),
     rules=maps.t5,
-    heads={"denoising": Head("T5ForConditionalGeneration")},
+    heads=writing("T5ForConditionalGeneration", "denoising"),
     tied=T5_TIED,
     # of the first checkpoints; never read
     dropped=("layer.1.EncDecAttention.relative_attention_bias.weight",),
@@ -429,7 +445,7 @@ SWITCH = Family(
         {k: T5_ACTIVATIONS[k] for k in GELUS if k in T5_ACTIVATIONS},
     ),
     rules=maps.t5,
-    heads={"denoising": Head("SwitchTransformersForConditionalGeneration")},
+    heads=writing("SwitchTransformersForConditionalGeneration", "denoising"),
     tied=T5_TIED,
     model="encoder_decoder",
 )

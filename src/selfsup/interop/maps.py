@@ -189,6 +189,10 @@ def t5(config: Any, skip: int, prefix: str) -> list[Rule]:
         rules.append(Rule("encoder.output.weight", ("lm_head.weight",), vocabulary=True))
     elif not output_is_divided(config):
         rules.append(Rule(tokens, ("lm_head.weight",), identical=True))
+    if config.experts and not output_is_divided(config):  # then Switch ties nothing, unlike T5
+        scales = (1 / factor(config),)
+        copies = [f"{stack}.embed_tokens.weight" for stack in ("encoder", "decoder")]
+        rules += [Rule(tokens, (name,), scales=scales, identical=True) for name in copies]
     grow = math.sqrt(config.head_dim)
     for stack, name in (("source", "encoder"), ("target", "decoder")):
         for i in range(_depth(config, stack)):

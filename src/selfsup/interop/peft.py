@@ -22,12 +22,8 @@ from selfsup.files import whole_folder, write_json
 from selfsup.interop import adapters, weights
 from selfsup.interop.configurations import chosen, skipped
 from selfsup.interop.families import Family
-from selfsup.model_folder import (
-    Model,
-    find_base,
-    load_model,
-    read_folder,
-)
+from selfsup.model import Model
+from selfsup.model_folder import find_base, load_model, read_folder
 from selfsup.objective import Task
 from selfsup.tuning.parts import OWN, innermost
 
@@ -69,20 +65,20 @@ def export_adapter(run: str | Path, out: str | Path) -> Path:
     Raises:
         ConfigError: the run has no base, or PEFT has no counterpart of its tuning.
     """
-    path, values = read_folder(run)
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{place} exists already: give another --out")
-    if "base" not in values:
+    model = load_model(run, "cpu")
+    if "base" not in model.values:
         raise ConfigError(
             f"{run}: adds nothing to a base; a whole run is exported with --to transformers"
         )
-    base = find_base(path, values["base"])
-    if "tuning" in read_folder(base)[1]:
+    base = find_base(read_folder(run)[0], model.values["base"])
+    base_model = load_model(base, "cpu")
+    if "tuning" in base_model.values:
         raise ConfigError(f"{run}: its base {base} was tuned too: make it whole (selfsup merge)")
-    model = load_model(run, "cpu")
     kind = _kind(run, model)
-    family = family_of_base(load_model(base, "cpu"))
+    family = family_of_base(base_model)
     encoder: Any = innermost(model.encoder)
     task_type, head = _task_type(family, model)
     name = "" if task_type == "FEATURE_EXTRACTION" else family.prefix
@@ -93,7 +89,8 @@ def export_adapter(run: str | Path, out: str | Path) -> Path:
         config |= {"fan_in_fan_out": family.name == "gpt2"}
         config |= {"modules_to_save": sorted({n.partition(".")[0] for n in head}) or None}
         tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in head.items()}
+    before = "base_model." if kind in PROMPTS else PREFIX
+    tensors |= {f"{before}{name}": tensor for name, tensor in head.items()}
     types = {ours: theirs for theirs, ours in TYPES.items()}
     given = {"peft_type": types[kind], "task_type": task_type, "inference_mode": True}
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -134,6 +131,9 @@ def rules_of(family: Family, model: Model, prefix: str) -> dict[str, weights.Rul
     """The rule of each linear layer of a model's encoder, by its place; `prefix` is their name."""
     encoder = innermost(model.encoder)
     rules = family.rules(encoder.config, skipped(family, model.preprocessor.spec.pad), prefix)
+    if encoder.config.pooling == "bert" and family.pooler:
+        pooler = prefix + family.pooler.removeprefix(family.prefix)
+        rules += weights.linear("encoder.pooler", pooler)
     return adapters.linear_rules(rules, encoder)
 
 
@@ -144,8 +144,9 @@ def _task_type(family: Family, model: Model) -> tuple[str | None, dict[str, Tens
         return WHOLE[model.values["method"]["name"]], {}
     name = model.values["task"]["name"]
     for task_type, task in HEADS.items():
-        fits = name == task and task in family.heads and not set(names) & set(PROMPTS)
+        fits = name == task and task in family.heads and "soft_prompt" not in names
         if task == "classification":
+            fits = fits and not family.heads[task].pooler  # else the base would have to hold it
             fits = fits and getattr(objective.config, "pooling", "") == "encoder"
             fits = fits and model.encoder.config.pooling == "bert"
             fits = fits and getattr(objective, "exits", None) is None

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from selfsup import registry
+from selfsup.building import build_objective
 from selfsup.config import from_mapping, to_mapping
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.interop import adapters, weights
@@ -18,14 +21,14 @@ from selfsup.interop.families import Family
 from selfsup.interop.peft import (
     CONFIG,
     HEADS,
-    PREFIX,
     PROMPTS,
     TYPES,
     WEIGHTS,
     family_of_base,
     rules_of,
 )
-from selfsup.model_folder import Base, Model, build_objective, load_model, save_model
+from selfsup.model import Model
+from selfsup.model_folder import Base, load_model, save_model
 from selfsup.objective import Objective
 from selfsup.run_start import write_run
 from selfsup.training.checkpoint import load_tensors
@@ -34,6 +37,7 @@ from selfsup.training.folder import RunFolder
 from selfsup.tuning.choice import Tuning, tune
 from selfsup.tuning.parts import OWN, Where, innermost
 
+BEFORE = re.compile(r"base_model\.(model\.)?")  # the short one where the tuning is a prompt
 # of a LoRA that computes something else than scale * B A
 UNKNOWN = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 
@@ -78,8 +82,7 @@ def import_adapter(source: str | Path, base: str | Path, out: str | Path) -> Pat
             f"{source / WEIGHTS}: does not fit {base}: {error}; was it trained over another model?"
         ) from error
     sections["tuning"] = tuning.values()
-    folder = RunFolder(Path(out))
-    try:
+    with closing(RunFolder(Path(out))) as folder:
         training = TrainingConfig(steps=1)
         facts = {"imported": f"PEFT {config['peft_type']}"}
         run = {k: v for k, v in sections.items() if k != "tuning"} | {
@@ -88,8 +91,6 @@ def import_adapter(source: str | Path, base: str | Path, out: str | Path) -> Pat
         }
         write_run(folder.path, run, training, objective, facts, f"peft:{source}")
         save_model(folder.path / "model", objective, sections, start.model.preprocessor, start)
-    finally:
-        folder.close()
     return folder.path
 
 
@@ -131,7 +132,7 @@ def _split_head(
     family: Family, config: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a saved head, named as `transformers` does, and all others."""
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    plain = {BEFORE.sub("", name): tensor for name, tensor in tensors.items()}
     task = HEADS.get(config.get("task_type") or "", "")
     known = family.heads[task].rules if task in family.heads else ()
     wanted = {name for rule in known for name in rule.theirs}
@@ -150,6 +151,11 @@ def _objective(
     if not head:
         return copy.deepcopy(base.objective), sections
     task = HEADS[config["task_type"]]
+    if task == "classification" and config["peft_type"] == "PROMPT_TUNING":
+        raise ConfigError(
+            "a classifier over a prompt: PEFT's reads the first vector of the prompt, ours the "
+            "text's own; remove the head's tensors to import the prompt alone"
+        )
     if task == "classification" and base.encoder.config.pooling != "bert":
         raise ConfigError(
             f"a {family.name} classifier of PEFT reads BERT's pooler, which the base does not have "
@@ -220,7 +226,7 @@ def _read_ia3(config: Any, tensors: dict[str, Tensor], rules: Any, objective: An
 
 
 def _read_prefix(config: Any, tensors: dict[str, Tensor], rules: Any, objective: Any) -> Tuning:
-    table = tensors["prompt_embeddings"].float()
+    table = _vectors(tensors)
     options = {"length": len(table), "shift_positions": True}
     tuning, parts = _tuned(objective, "prefix", options)
     (part,) = parts.values()
@@ -229,12 +235,17 @@ def _read_prefix(config: Any, tensors: dict[str, Tensor], rules: Any, objective:
 
 
 def _read_prompt(config: Any, tensors: dict[str, Tensor], rules: Any, objective: Any) -> Tuning:
-    vectors = tensors["prompt_embeddings"].float()
+    vectors = _vectors(tensors)
     adapters.check_prompt(innermost(objective.encoder))
     tuning, parts = _tuned(objective, "soft_prompt", {"length": len(vectors)})
     (part,) = parts.values()
     _fill(part.vectors, adapters.read_prompt(vectors, innermost(objective.encoder)))
     return tuning
+
+
+def _vectors(tensors: dict[str, Tensor]) -> Tensor:
+    (found,) = _endings(tensors, "prompt_embeddings").values()
+    return found[""]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ needed. Nothing is read with pickle.
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from selfsup import console, registry
+from selfsup.building import at_most, build_encoder, build_objective
 from selfsup.config import from_mapping, to_mapping
 from selfsup.data import text
+from selfsup.data.text_preprocessor import TextPreprocessor
 from selfsup.errors import ConfigError
 from selfsup.files import whole_folder, write_json
 from selfsup.interop import maps, weights
@@ -24,15 +27,9 @@ from selfsup.interop import tokenizers as tokens
 from selfsup.interop.checkpoints import WEIGHTS, Checkpoint, fetched, read_folder
 from selfsup.interop.configurations import chosen, read_config, skipped, write_config
 from selfsup.interop.families import Family, Head
-from selfsup.model_folder import (
-    Model,
-    build_encoder,
-    build_objective,
-    kept_weights,
-    load_model,
-    save_model,
-)
-from selfsup.objective import Objective, Task
+from selfsup.model import Model
+from selfsup.model_folder import HEADS, SLACK, kept_weights, load_model, save_model
+from selfsup.objective import Objective
 from selfsup.run_start import write_run
 from selfsup.training.checkpoint import load_weights
 from selfsup.training.config import TrainingConfig
@@ -60,17 +57,14 @@ def import_run(source: str | Path, out: str | Path) -> Path:
     found = read_folder(path)
     tokenizer = tokens.load(path, found.values)
     objective, sections = _objective(found, tokenizer)
-    preprocessor = text.TextPreprocessor(tokenizer, sections["data"]["row_length"])
-    folder = RunFolder(Path(out))
-    try:
+    preprocessor = TextPreprocessor(tokenizer, sections["data"]["row_length"])
+    with closing(RunFolder(Path(out))) as folder:
         training = TrainingConfig(steps=1)  # no step was made; what `evaluate` needs to know
         given = f"transformers:{source}"
         facts = {"imported": found.family.name, "tokenizer": tokenizer.fingerprint}
         run = {**sections, "training": to_mapping(training)}
         write_run(folder.path, run, training, objective, facts, given)
         save_model(folder.path / "model", objective, sections, preprocessor)
-    finally:
-        folder.close()
     return folder.path
 
 
@@ -79,7 +73,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
 
     Args:
         run: a run folder: masked_language, causal_language, replaced_token, denoising,
-            classification or tagging on a transformer.
+            classification, tagging, span_qa or generation on a transformer.
         out: the folder to make.
 
     Returns:
@@ -120,7 +114,7 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         **write_config(family, config, vocabulary.size, vocabulary.pad),
         **_ids(vocabulary, family, config),
     }
-    if isinstance(model.objective, Task):
+    if section["name"] in ("classification", "tagging"):
         values["id2label"] = {str(i): name for i, name in enumerate(model.names)}
         values["label2id"] = {name: i for i, name in enumerate(model.names)}
     limit = config.max_length if config.positions == "learned" else model.preprocessor.max_length
@@ -128,10 +122,17 @@ def export_run(run: str | Path, out: str | Path) -> Path:
         write_json(aside / "config.json", values)
         (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         tokens.save(tokenizer, aside, limit, segments=config.segment_types > 0)
-        if section["name"] in ("causal_language", "denoising"):
+        if section["name"] in ("causal_language", "denoising", "generation"):
             ids = {key: value for key, value in values.items() if key.endswith("_token_id")}
-            write_json(aside / "generation_config.json", ids)
+            write_json(aside / "generation_config.json", ids | _search(section))
     return path
+
+
+def _search(section: Mapping[str, Any]) -> dict[str, Any]:
+    """How a generation task writes, under the names of a generation_config.json."""
+    names = {"max_target": "max_new_tokens", "no_repeat": "no_repeat_ngram_size"}
+    names |= {key: key for key in ("num_beams", "length_penalty")}
+    return {names[key]: value for key, value in section.items() if key in names}
 
 
 def _objective(found: Checkpoint, tokenizer: Any) -> tuple[Objective, dict[str, Any]]:
@@ -140,7 +141,10 @@ def _objective(found: Checkpoint, tokenizer: Any) -> tuple[Objective, dict[str, 
     kind = _kind(found)
     head = family.heads[kind]
     has = {name: _any(getattr(head, name), tensors) for name in ("rules", "sentence")}
-    pooled = bool(family.pooler) and f"{family.pooler}.weight" in tensors
+    pooler = head.pooler or family.pooler
+    if pooler != family.pooler:  # RoBERTa's own, which some files hold though nothing reads it
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{family.pooler}.")}
+    pooled = bool(pooler) and f"{pooler}.weight" in tensors
     model = read_config(
         *(family, values, found.config),
         pooled=pooled,
@@ -152,9 +156,11 @@ def _objective(found: Checkpoint, tokenizer: Any) -> tuple[Objective, dict[str, 
     config = from_mapping(
         module.Config, {k: v for k, v in model.items() if k != "name"}, found.config
     )
-    objective = _built(kind, sections, config, tokenizer)
+    size = sum(tensor.numel() for tensor in tensors.values())
+    with at_most(SLACK * size + HEADS["tasks"], Path(found.config)):
+        objective = _built(kind, sections, config, tokenizer)
     rules = family.rules(config, skipped(family, values.get("pad_token_id", 1)), family.prefix)
-    rules += weights.linear("encoder.pooler", family.pooler) if pooled else []
+    rules += weights.linear("encoder.pooler", pooler) if pooled else []
     rules += [rule for name, there in has.items() if there for rule in getattr(head, name)]
     state = objective.state_dict()
     size = len(tensors.get(rules[0].theirs[0], ()))
@@ -224,10 +230,17 @@ def _sections(
     out = {"data": {"name": "text", **to_mapping(data)}, "model": model}
     if kind in registry.METHODS:
         return {**out, "method": {"name": kind, **section}}
-    if kind == "classification":
-        section["pooling"] = "encoder"
     names = found.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
     labels = [str(names[number]) for number in sorted(names, key=int)]
+    if kind == "classification":
+        section["pooling"] = "encoder"
+        if len(labels) == 1 or found.values.get("problem_type") == "multi_label_classification":
+            raise ConfigError(
+                f"{found.config}: a head that gives a number, or several labels at once, cannot be "
+                "imported; one that gives one of several classes can"
+            )
+    if kind == "span_qa":
+        labels = []
     return {**out, "task": {"name": kind, **section}, "labels": {"names": labels}}
 
 
@@ -287,8 +300,8 @@ def _export_rules(
     config, vocabulary = model.encoder.config, model.preprocessor.spec
     state = kept_weights(model.objective)
     rules = family.rules(config, skipped(family, vocabulary.pad), family.prefix)
-    if config.pooling == "bert" and family.pooler:
-        rules += weights.linear("encoder.pooler", family.pooler)
+    if config.pooling == "bert" and (pooler := head.pooler or family.pooler):
+        rules += weights.linear("encoder.pooler", pooler)
     rules += head.rules
     if (model.values.get("method") or {}).get("sentence", "none") == family.sentence:
         rules += head.sentence

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from selfsup.models.transformer import Projection
+from selfsup.models.vocabulary_head import Projection
 
 MAX_LOGITS = {"cpu": 2**24}  # held at once: 64 MiB in float32, which the caches like
 MAX_LOGITS_ELSEWHERE = 2**27

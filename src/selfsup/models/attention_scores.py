@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup.models.attention import Attention, View, past
+from selfsup.models.attention import Attention
 from selfsup.models.embeddings import rotate
 from selfsup.models.encoder import Encoder
+from selfsup.models.view import View, past
 
 
 @contextmanager

@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_map
 
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
-from selfsup.models.attention import Cache
 from selfsup.models.encoder import Encoder, Features
 from selfsup.models.encoder_decoder import EncoderDecoder
-from selfsup.models.transformer import VocabularyHead
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.models.weight_layout import by_column
 
 

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.models import transformer
-from selfsup.models.attention import Cache, Memory
+from selfsup.models.block import DecoderBlock
 from selfsup.models.embeddings import InputEmbedding, TokenEmbedding
 from selfsup.models.encoder import Encoder, Features
-from selfsup.models.transformer import DecoderBlock, Projection, TransformerEncoder
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.view import Cache, Memory
+from selfsup.models.vocabulary_head import Projection
 
 
 @dataclass(frozen=True, kw_only=True)

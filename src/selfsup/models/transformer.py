@@ -1,42 +1,31 @@
-"""The transformer: one file for BERT's and GPT-2's published layouts and for small modern ones.
+"""The transformer: BERT's and GPT-2's published layouts, and small modern ones.
 
 A stack of blocks (Vaswani et al., 2017, arXiv 1706.03762) over a `TokenEmbedding`, bidirectional or
 causal. Post-norm with learned positions is BERT (Devlin et al., 2019, arXiv 1810.04805), pre-norm
 with learned positions is GPT-2 (Radford et al., 2019), shared layers with a narrow table are ALBERT
 (Lan et al., 2020, arXiv 1909.11942), experts in every second block are Switch (Fedus et al., 2021,
-arXiv 2101.03961). `embeddings.py` has the positions, `presets.toml` the sizes, `attention.py` the
-attention, `experts.py` the experts, and `encoder_decoder.py` makes two such stacks into one model.
+arXiv 2101.03961).
+
+From the bottom up: `transformer_config.py` has the shape (`presets.toml` the published ones),
+`embeddings.py` what a row enters as, `attention.py` and `experts.py` the parts of a block,
+`block.py` the block, `view.py` what all of them share in a call, `vocabulary_head.py` the logits.
+`encoder_decoder.py` makes two such stacks into one model.
 
 Axes: batch, time, dim. Padding may stand on either side of a row. The last entry of
 `Features.hidden` is after `final_norm`.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from selfsup.batch import AudioSpec, Batch, ImageSpec, SeriesSpec, Spec, Vocabulary
 from selfsup.errors import ConfigError, DataError
-from selfsup.models.attention import (
-    Attention,
-    Cache,
-    CrossAttention,
-    Memory,
-    Prefix,
-    RelativeBias,
-    View,
-    attention_mask,
-    linear,
-    past,
-)
-from selfsup.models.dropout import Dropout
+from selfsup.models.attention import RelativeBias
+from selfsup.models.block import Block, DecoderBlock
 from selfsup.models.embeddings import (
     FrameEmbedding,
     InputEmbedding,
@@ -47,257 +36,10 @@ from selfsup.models.embeddings import (
     rotary_angles,
 )
 from selfsup.models.encoder import Encoder, Features, masked_mean
-from selfsup.models.experts import Experts, Routing, summed
+from selfsup.models.experts import Routing, summed
+from selfsup.models.transformer_config import Config
+from selfsup.models.view import Cache, Memory, Prefix, View, attention_mask, past
 from selfsup.models.waveform import WaveformEmbedding
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "swiglu": F.silu,  # of the gate
-    "geglu": partial(F.gelu, approximate="tanh"),  # of the gate (T5 1.1)
-}
-GATED = ("swiglu", "geglu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """The shape of a transformer; each key is explained beside it."""
-
-    dim: int = 256  # width of the hidden states
-    layers: int = 4
-    heads: int = 4
-    head_width: int = 0  # width of one attention head; 0: dim / heads
-    # inner width of the feed-forward layer; 0: 4 * dim, but for swiglu and geglu, which have three
-    # matrices, 8/3 * dim rounded up to a multiple of 64
-    feedforward_dim: int = 0
-    norm: Literal["pre", "post"] = "pre"  # before each half of a block, or after its residual sum
-    norm_kind: Literal["layer", "rms"] = "layer"
-    norm_eps: float = 1e-5  # added to the variance
-    positions: Literal["learned", "sinusoidal", "rotary", "relative", "none"] = "rotary"
-    rotary_base: float = (
-        10000.0  # the slowest pair turns in 2 pi * base tokens; 100 suits rows of 64
-    )
-    relative_buckets: int = 32  # of distances, for relative positions
-    relative_reach: int = 128  # tokens; all that is farther away shares a bucket
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "gelu"
-    causal: bool = False  # a token sees only itself and those before it
-    share_layers: bool = False  # one set of weights, used `layers` times (ALBERT)
-    experts: int = 0  # feed-forward layers to choose from in every `expert_every`-th block; 0: none
-    expert_every: int = 2  # the blocks of numbers expert_every - 1, 2 * expert_every - 1, ...
-    # in training an expert takes at most capacity * tokens / experts; the others pass it by
-    expert_capacity: float = 1.25
-    balance_weight: float = 0.01  # of the loss that spreads tokens over experts
-    embedding_dim: int = 0  # width of the token table; 0: dim
-    segment_types: int = 0  # 0: the batch's segments are ignored
-    # pixels of a patch's side, frames or time steps per position; not for tokens and waveforms
-    patch: int = 4
-    # for waveforms alone: wav2vec 2.0's convolutions, one vector of every 320 samples
-    conv_channels: int = 512
-    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    # over time behind the first convolution (base), or over channels behind each (large)
-    conv_norm: Literal["group", "layer"] = "group"
-    conv_positions: int = 0  # kernel of a convolution that tells positions (128); 0: none
-    max_length: int = 512  # number of learned positions; the other kinds have no limit
-    # what pruning has left: heads and inner width of each layer (shared layers: one); (): all
-    heads_left: tuple[int, ...] = ()
-    feedforward_left: tuple[int, ...] = ()
-    dropout: float = 0.1  # on the embedding and on both halves of a block
-    attention_dropout: float | None = None  # on the attention weights; None: the same as `dropout`
-    bias: bool = True  # in the blocks' linear layers and in every layer normalisation
-    embedding_norm: bool = False  # normalise the embedding (BERT)
-    final_norm: bool | None = None  # normalise the last layer; None: yes for pre-norm, else no
-    init_std: float = 0.02  # of every initial weight matrix and table
-    # standard deviation of token vectors as they enter the stack, by a factor on the whole table;
-    # 0: no factor. 1.0 with init_std = 1 / sqrt(dim) gets small masked language models off their
-    # plateau.
-    embedding_std: float = 0.0
-    # `Features.pooled`: the mean of the real positions, the first or the last of them, or the first
-    # through BERT's dense layer and tanh
-    pooling: Literal["mean", "cls", "last", "bert"] = "mean"
-
-    def __post_init__(self):
-        above_zero = ("dim", "layers", "heads", "patch", "max_length", "norm_eps", "init_std")
-        of_experts = ("expert_every", "expert_capacity")
-        for name in (*above_zero, "conv_channels", "relative_reach", *of_experts):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        not_negative = ("feedforward_dim", "embedding_dim", "segment_types", "embedding_std")
-        for name in (*not_negative, "conv_positions", "head_width", "experts", "balance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= (getattr(self, name) or 0.0) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        kernels, strides = self.conv_kernels, self.conv_strides
-        blocks = 1 if self.share_layers else self.layers
-        width = self.feedforward_width
-        rules = {
-            f"conv_kernels and conv_strides must be as many positive numbers, got {kernels} and "
-            f"{strides}": (
-                len(kernels) != len(strides) or not kernels or min(*kernels, *strides) < 1
-            ),
-            f"dim = {self.dim} is not a multiple of heads = {self.heads}; give head_width": (
-                not self.head_width and self.dim % self.heads
-            ),
-            f"relative_buckets must be at least 4 and below relative_reach, got "
-            f"{self.relative_buckets} and {self.relative_reach}": (
-                not 4 <= self.relative_buckets < self.relative_reach
-            ),
-            "experts must be at least 2, or 0 for none, got 1": self.experts == 1,
-            "experts are plain feed-forward layers, and layers with experts cannot be shared: use "
-            "activation = 'relu' or 'gelu' and share_layers = false": (
-                self.experts > 0 and (self.activation in GATED or self.share_layers)
-            ),
-            f"rotary positions turn pairs: a head's width must be even, got {self.head_dim}": (
-                self.positions == "rotary" and self.head_dim % 2
-            ),
-            f"rotary_base must be above 1, got {self.rotary_base}": self.rotary_base <= 1,
-            f"sinusoidal positions need an even embedding width, got {self.embedding_width}": (
-                self.positions == "sinusoidal" and self.embedding_width % 2
-            ),
-            f"heads_left needs a number from 0 to heads = {self.heads} for each of {blocks} "
-            f"layers, got {self.heads_left}": not _fits(self.heads_left, blocks, self.heads),
-            f"feedforward_left needs a width from 0 to {width} for each of {blocks} layers, and "
-            f"experts = 0, got {self.feedforward_left}": (
-                bool(self.feedforward_left)
-                and (self.experts > 0 or not _fits(self.feedforward_left, blocks, width))
-            ),
-            f"pooling = {self.pooling!r} reads the first token, which in a causal model sees "
-            f"nothing else; use 'mean' or 'last'": (
-                self.causal and self.pooling in ("cls", "bert")
-            ),
-        }
-        for message, broken in rules.items():
-            if broken:
-                raise ValueError(message)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.head_width or self.dim // self.heads
-
-    @property
-    def embedding_width(self) -> int:
-        """Width of the token table."""
-        return self.embedding_dim or self.dim
-
-    @property
-    def feedforward_width(self) -> int:
-        """Inner width of the feed-forward layer."""
-        if self.activation in GATED:
-            return self.feedforward_dim or 64 * math.ceil(8 * self.dim / 3 / 64)
-        return self.feedforward_dim or 4 * self.dim
-
-    def left(self, layer: int) -> tuple[int, int]:
-        """How many heads, and what inner width, one layer has."""
-        heads = self.heads_left[layer] if self.heads_left else self.heads
-        if not self.feedforward_left:
-            return heads, self.feedforward_width
-        return heads, self.feedforward_left[layer]
-
-    def build_norm(self, width: int) -> nn.Module:
-        """A normalisation over `width` features."""
-        if self.norm_kind == "rms":
-            return nn.RMSNorm(width, self.norm_eps)
-        return nn.LayerNorm(width, self.norm_eps, bias=self.bias)
-
-
-def _fits(left: tuple[int, ...], blocks: int, most: int) -> bool:
-    return not left or (len(left) == blocks and 0 <= min(left) <= max(left) <= most)
-
-
-class Feedforward(nn.Module):
-    """Two linear layers around an activation, which may gate the inner one (arXiv 2002.05202)."""
-
-    def __init__(self, config: Config, inner: int):
-        super().__init__()
-        self.gated = config.activation in GATED
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = linear(config.dim, inner * (2 if self.gated else 1), config.bias)
-        self.down = linear(inner, config.dim, config.bias)
-
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
-        """Transforms each position by itself."""
-        x = self.up(x)
-        if self.gated:
-            gate, x = x.chunk(2, -1)
-            return self.down(self.activation(gate) * x)
-        return self.down(self.activation(x))
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward or experts, each with its residual sum and normalisation.
-
-    Args:
-        config: the shape.
-        layer: number of the block, from 0.
-    """
-
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        self.pre = config.norm == "pre"
-        rate = config.attention_dropout
-        self.shape = (
-            config.dim,
-            config.heads,
-            config.head_dim,
-            config.dropout if rate is None else rate,
-            config.bias,
-        )
-        heads, inner = config.left(layer)
-        self.attention = Attention(config.dim, heads, *self.shape[2:])
-        if config.positions == "relative" and heads < config.heads:
-            self.attention.register_buffer("kept", torch.arange(heads))
-        self.attention_norm = config.build_norm(config.dim)
-        self.routed = config.experts > 0 and (layer + 1) % config.expert_every == 0
-        self.feedforward: Feedforward | Experts = (
-            Experts(
-                config.dim,
-                config.feedforward_width,
-                config.experts,
-                ACTIVATIONS[config.activation],
-                config.expert_capacity,
-            )
-            if self.routed
-            else Feedforward(config, inner)
-        )
-        self.feedforward_norm = config.build_norm(config.dim)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> tuple[Float[Tensor, "batch time dim"], Routing | None]:
-        """One layer, and where its experts' tokens went."""
-        x = self.attend(x, view, layer)
-        y = self.feedforward_norm(x) if self.pre else x
-        y, routing = self.feedforward(y, view.real) if self.routed else (self.feedforward(y), None)
-        x = x + self.dropout(y)
-        return x if self.pre else self.feedforward_norm(x), routing
-
-    def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """The first half."""
-        return self._residual(x, self.attention_norm, lambda y: self.attention(y, view, layer))
-
-    def _residual(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.pre:
-            return x + self.dropout(part(norm(x)))
-        return norm(x + self.dropout(part(x)))
-
-
-class DecoderBlock(Block):
-    """A block that also attends to what an encoder has read, between its two halves."""
-
-    def __init__(self, config: Config, layer: int):
-        super().__init__(config, layer)
-        self.cross = CrossAttention(*self.shape)
-        self.cross_norm = config.build_norm(config.dim)
-
-    def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """Self-attention, then attention to the source."""
-        x = super().attend(x, view, layer)
-        return self._residual(x, self.cross_norm, lambda y: self.cross(y, view, layer))
 
 
 class TransformerEncoder(Encoder):
@@ -489,43 +231,6 @@ class TransformerEncoder(Encoder):
         return row if self.pooler is None else torch.tanh(self.pooler(row))
 
 
-def repacked(
-    x: Float[Tensor, "batch time dim"],
-    view: View,
-    mask: Bool[Tensor, "batch time"],
-    rows: Int[Tensor, " chosen"],
-) -> tuple[Tensor, View, Tensor]:
-    """These rows of a batch alone, between two steps, without padding that all of them end in.
-
-    What all rows share (angles, distances) stays shared. For a view without cache and memory.
-    What a tuning has added for some rows only is not told of the new numbers, and refuses them.
-    """
-    num_rows, num_slots = mask.shape
-
-    def chosen(part: Tensor) -> Tensor:
-        return part[rows] if len(part) == num_rows else part
-
-    x, mask = x[rows], mask[rows]
-    rotation, allowed, real = view.rotation, view.allowed, view.real
-    if rotation is not None:
-        rotation = chosen(rotation[0]), chosen(rotation[1])
-    if allowed is not None:
-        allowed = chosen(allowed)
-    if real is not None:
-        num_left = int(mask.any(0).nonzero()[-1]) + 1
-        x, mask = x[:, :num_left], mask[:, :num_left]
-        real = None if bool(mask.all()) else mask
-        if rotation is not None:
-            rotation = rotation[0][..., :num_left, :], rotation[1][..., :num_left, :]
-        if allowed is not None:  # the slots of this batch are the last ones that are read
-            num_read = allowed.shape[-1] - num_slots + num_left
-            allowed = allowed[..., :num_left, :num_read]
-            if real is None and allowed.dtype == torch.bool and bool(allowed.all()):
-                allowed = None
-    prefix = None if view.prefix is None else view.prefix.select(rows)
-    return x, view._replace(rotation=rotation, allowed=allowed, real=real, prefix=prefix), mask
-
-
 def build_embedding(config: Config, spec: Spec) -> InputEmbedding:
     """The embedding for the kind of data that `spec` stands for.
 
@@ -569,63 +274,6 @@ def _waveform_embedding(config: Config, options: dict[str, Any]) -> WaveformEmbe
         config.conv_positions,
         **options,
     )
-
-
-class Projection(NamedTuple):
-    """What is multiplied to give logits; the loss would rather not see them all at once."""
-
-    hidden: Float[Tensor, "*items width"]
-    weight: Float[Tensor, "vocabulary width"]
-    bias: Float[Tensor, " vocabulary"] | None = None
-
-    @property
-    def logits(self) -> Float[Tensor, "*items vocabulary"]:
-        """Scores of every token, in the autocast precision: lift them to float32 for a loss."""
-        return F.linear(*self)
-
-
-class VocabularyHead(nn.Module):
-    """Hidden vectors to logits over the vocabulary, with the weights of the token table.
-
-    The table is given at each call and is no part of the head, so it is saved, copied and averaged
-    once, with its encoder. Give only the positions that the loss needs.
-
-    Args:
-        encoder: whose configuration and vocabulary size to follow.
-        transform: BERT's head (dense, activation, norm, tied table, bias); False: GPT-2's (the tied
-            table alone, through the transposed projection where the table is narrower).
-
-    >>> encoder = TransformerEncoder(Config(dim=8, layers=1, heads=2), Vocabulary(size=100))
-    >>> head = VocabularyHead(encoder, transform=True)
-    >>> head(torch.zeros(3, 8), encoder.embedding).shape
-    torch.Size([3, 100])
-    """
-
-    def __init__(self, encoder: TransformerEncoder, transform: bool):
-        super().__init__()
-        config = encoder.config
-        self.transform = transform
-        if transform:
-            self.dense = nn.Linear(config.dim, config.embedding_width)
-            self.activation = ACTIVATIONS[config.activation]
-            self.norm = config.build_norm(config.embedding_width)
-            self.bias = nn.Parameter(torch.zeros(len(encoder.embedding.tokens.weight)))
-            initialise(self, config.init_std)
-
-    def forward(
-        self, hidden: Float[Tensor, "*items dim"], embedding: TokenEmbedding
-    ) -> Float[Tensor, "*items vocabulary"]:
-        """Logits of every token, in the autocast precision: lift them to float32 for the loss."""
-        return self.project(hidden, embedding).logits
-
-    def project(self, hidden: Float[Tensor, "*items dim"], embedding: TokenEmbedding) -> Projection:
-        """The last product that gives the logits, not yet carried out."""
-        if self.transform:
-            inner = self.activation(self.dense(hidden)).to(self.bias.dtype)
-            return Projection(self.norm(inner), embedding.tokens.weight, self.bias)
-        if embedding.projection is not None:
-            hidden = hidden @ embedding.projection.weight  # (*items, width)
-        return Projection(hidden, embedding.tokens.weight)
 
 
 def initialise(module: nn.Module, std: float) -> None:

@@ -127,12 +127,15 @@ def verdict(compare: Compare, count: int) -> Verdict:
     means = {arm: fmean(values) for arm, values in seeds.items()}
     ranked = sorted(means, key=means.__getitem__, reverse=not lower_is_better(compare))
     winner = ranked[0]
-    shown = {arm: f"{means[arm]:.2f} {arm_name(arm)}" for arm in means}
-    if {"pretrained", "scratch"} <= set(means):
+    both = {"pretrained", "scratch"} <= set(means)
+    close = both and abs(means["pretrained"] - means["scratch"]) < 0.01
+    digits = 3 if close else 2
+    shown = {arm: f"{means[arm]:.{digits}f} {arm_name(arm)}" for arm in means}
+    if both:
         # Of the rounded scores, so that the sentence's own arithmetic is right.
-        gap = round(means["pretrained"], 2) - round(means["scratch"], 2)
+        gap = round(means["pretrained"], digits) - round(means["scratch"], digits)
         owner = "pretrained" if winner == "scratch" else "scratch"
-        shown[owner] += f" ({signed(gap)})"
+        shown[owner] += f" ({signed(gap, digits)})"
     where = f"{count:,} labelled {compare.unit}"
     if len(ranked) == 1:
         headline = f"With {where}: {shown[winner]}"
@@ -145,7 +148,7 @@ def verdict(compare: Compare, count: int) -> Verdict:
         name = "Training from scratch" if winner == "scratch" else f"The {arm_name(winner)}"
         rest = " and ".join(text for arm, text in shown.items() if arm != winner)
         leads = "wins" if clear else "is ahead"
-        headline = f"{name} {leads} with {where}: {means[winner]:.2f}, against {rest}"
+        headline = f"{name} {leads} with {where}: {means[winner]:.{digits}f}, against {rest}"
     return Verdict(headline, _conclusion(winner, ranked[1], gap, half, clear, where), winner, clear)
 
 
@@ -155,6 +158,8 @@ def _conclusion(
     other = {"scratch": "training from scratch", "pretrained": "the pre-trained model"}.get(
         second, f"the {arm_name(second)}"
     )
+    if gap == 0:
+        return f"{arm_name(winner).capitalize()} and {arm_name(second)} are level with {where}."
     lead = f"{abs(gap):.3f}"
     if half is None:
         sure = f"a lead of {lead} over {other}, from too few seeds to say how sure that is."

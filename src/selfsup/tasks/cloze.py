@@ -35,7 +35,8 @@ from selfsup.batch import Batch
 from selfsup.data import templates
 from selfsup.errors import ConfigError
 from selfsup.models.encoder import Encoder
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import FillsBlanks, Objective, Output, Predictions, Task
 from selfsup.tasks.classification import classification_loss
 

@@ -35,7 +35,8 @@ from selfsup.batch import Batch
 from selfsup.errors import ConfigError
 from selfsup.models.dropout import Dropout
 from selfsup.models.encoder import Encoder, Features, masked_mean
-from selfsup.models.transformer import TransformerEncoder, initialise, repacked
+from selfsup.models.transformer import TransformerEncoder, initialise
+from selfsup.models.view import repacked
 from selfsup.objective import Task
 
 Head = Callable[[Tensor], Tensor]

@@ -32,7 +32,8 @@ from selfsup.models.decoding import (
 )
 from selfsup.models.encoder import Encoder
 from selfsup.models.encoder_decoder import EncoderDecoder
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import Output, Predictions, Task
 
 IGNORED = -100
@@ -201,6 +202,22 @@ class Generation(Task):
             ).tokens[:, 0]
         self.train(training)
         return Predictions(written, written)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        num_tokens: int,
+        generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Int[Tensor, "batch num_tokens"]:
+        """Draws an answer to each source; arguments as in `causal_language`."""
+        rules = Rules.of(self.encoder.spec, num_tokens, self.config.no_repeat)
+        writer = self._writer(batch)
+        return sample(writer, rules, generator, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def _writer(self, batch: Batch) -> Writer:
         if isinstance(self.encoder, EncoderDecoder):

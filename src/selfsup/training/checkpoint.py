@@ -77,7 +77,8 @@ def load_optimizer(
     """Puts `optimizer_tensors` back.
 
     Raises:
-        CheckpointError: a tensor of no parameter that is trained here, or of another optimizer.
+        CheckpointError: a tensor of no parameter that is trained here, or of another optimizer; or
+            a parameter has some of its moments only.
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     parameters = {name: p for name, p in module.named_parameters() if id(p) in trained}
@@ -105,6 +106,14 @@ def load_optimizer(
         device = "cpu" if key == "step" and parameter.device.type == "cpu" else parameter.device
         # a copy, or the file would stay mapped as long as the run
         optimizer.state[parameter][key] = tensor.to(device, copy=True)
+    known = MOMENTS[type(optimizer)]
+    # Adafactor keeps rows and columns of a matrix, the variance itself of a vector
+    whole = [known - {"variance"}, known - {"row", "column"}] if "variance" in known else [known]
+    for name, parameter in parameters.items():
+        if parameter in optimizer.state and set(optimizer.state[parameter]) not in whole:
+            raise CheckpointError(
+                f"optimizer.safetensors: {name!r} has only {sorted(optimizer.state[parameter])}"
+            )
 
 
 def on_host(checkpoint: Checkpoint) -> Checkpoint:

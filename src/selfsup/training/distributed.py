@@ -11,7 +11,7 @@ of one process, so any number of ranks goes on from those of any other.
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from selfsup import console, ranks
+from selfsup.batch import Batch
 from selfsup.errors import ConfigError
-from selfsup.models.transformer import Block
+from selfsup.models.block import Block
 from selfsup.objective import Objective
 from selfsup.training.checkpoint import Checkpoint
 from selfsup.training.config import TrainingConfig
@@ -116,6 +117,21 @@ def share_of(objective: nn.Module, config: TrainingConfig, rank: int, count: int
     return Share(tuple(passes), slice(rank * part, (rank + 1) * part), (rank,))
 
 
+def check_ranks(config: TrainingConfig) -> None:
+    """Refuses what the number of ranks cannot divide, whatever is learned: before data are read.
+
+    Raises:
+        ConfigError: the ranks, or the batch.
+    """
+    world = ranks.world()
+    if world % config.tensor_parallel:
+        raise ConfigError(
+            f"training.tensor_parallel = {config.tensor_parallel} does not divide {world} rank(s); "
+            "start so many with torchrun"
+        )
+    share_of(nn.Identity(), config, 0, world // config.tensor_parallel)
+
+
 class Root(nn.Module):
     """Runs work that computes with an objective, so that what wraps this module sees it begin."""
 
@@ -150,15 +166,11 @@ class Spread:
         self.given, self.objective, self.device = objective, objective, device
         self.world = ranks.world()
         self.tensor_ranks = config.tensor_parallel
+        check_ranks(config)
         self.root: Any = None
         self.shards: Any = None
         if config.recompute:
             recompute(objective)
-        if self.world % self.tensor_ranks:
-            raise ConfigError(
-                f"training.tensor_parallel = {self.tensor_ranks} does not divide "
-                f"{self.world} rank(s); start so many with torchrun"
-            )
         if self.world > 1 and (config.sharded or self.tensor_ranks > 1):
             from selfsup.training.sharding import Shards  # takes a second to import
 
@@ -190,6 +202,14 @@ class Spread:
         """Work without gradient that all ranks do alike."""
         with ranks.alone():
             return work() if self.shards is None else self.shards.look(work)
+
+    def refresh(self, batches: Iterable[Batch], generator: torch.Generator) -> None:
+        """`Objective.refresh`, which all ranks do alike."""
+        with ranks.alone():
+            if self.shards is None:
+                self.objective.refresh(batches, generator)
+            else:
+                self.shards.refresh(self.given.to(self.device), batches, generator)
 
     def sums(self, *values: float) -> list[float]:
         """Sums over ranks; those that compute one batch together count once."""

@@ -11,18 +11,15 @@ model/           what a user keeps
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from selfsup import console
 from selfsup.errors import CheckpointError, ConfigError
-from selfsup.files import storage, write_json
-
-ASIDE = re.compile(r"\..+\.(?P<process>\d+)\.(tmp|old)")
-"""The names that `files.aside_name` gives."""
+from selfsup.files import ASIDE, storage, write_json
 
 
 class RunFolder:
@@ -33,11 +30,16 @@ class RunFolder:
         resume: go on in a folder that exists; otherwise it must be new or empty.
 
     Raises:
-        ConfigError: the folder exists and `resume` is not asked for, or another process holds it.
+        ConfigError: the folder exists and `resume` is not asked for, another process holds it, or
+            its path begins with ~.
     """
 
     def __init__(self, path: Path, resume: bool = False):
         self.path = path
+        if path.parts[:1] and path.parts[0].startswith("~"):
+            raise ConfigError(f"{path}: ~ is not expanded here; write the whole path")
+        if resume and not path.exists():
+            console.say(f"{path}: nothing is there to go on with; the run begins")
         with storage(path):
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{path} is a file; --out needs a folder")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -37,47 +37,16 @@ from selfsup.training.device import (
 )
 from selfsup.training.distributed import Spread
 from selfsup.training.evaluate import evaluate
-from selfsup.training.folder import Rows, RunFolder
+from selfsup.training.folder import RunFolder
 from selfsup.training.optim import learning_rate_share, optimizer
+from selfsup.training.position import Position
+from selfsup.training.record import Record
 from selfsup.training.saving import Saver
 
 Watch = Callable[[Any], dict[str, float]]
 """Further numbers for an evaluation, of the objective that trains; it must change nothing."""
 UNITS = {"tokens": "tokens", "frames": "frames", "waveform": "samples"}
 """What `_num_tokens` counts, for people, by a field of the data."""
-
-
-@dataclass
-class Position:
-    """Where a run stands: all that resuming needs beside weights and optimizer."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    evaluations: int = 0
-    best_loss: float | None = None
-    evaluations_since_best: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    """Weighted sums of loss and metrics since the last row."""
-    weight: float = 0.0
-    metrics_bytes: int = 0
-    speed_bytes: int = 0
-    warnings: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        counts = self.step, self.tokens, self.evaluations, self.metrics_bytes, self.speed_bytes
-        if min(counts) < 0 or type(self.sums) is not dict or type(self.warnings) is not list:
-            raise ValueError("a count is negative, or sums or warnings are none")
-
-    def progress(self, config: TrainingConfig) -> float:
-        """Share of the budget that is spent, 0 to 1."""
-        if config.steps is not None:
-            return min(1.0, self.step / config.steps)
-        if config.tokens is not None:
-            return min(1.0, self.tokens / config.tokens)
-        assert config.minutes is not None
-        return min(1.0, self.seconds / (60 * config.minutes))
 
 
 def train(
@@ -126,18 +95,18 @@ def train(
             norm = run.average_and_clip(step)
             if run.is_finite(step, norm):
                 run.optimizer.step()
-                run.objective.after_step(position.step, run.total_steps())
-                run.count(outputs, norm)
+                run.objective.after_step(position.step, position.total_steps(config))
+                position.count(outputs, norm)
             run.optimizer.zero_grad(set_to_none=True)
             run.advance(step)
-            if position.step % config.log_every == 0 or run.finished():
+            if position.step % config.log_every == 0 or position.finished(config):
                 run.log(bar)
-            if run.evaluation_due():
+            if position.evaluations < position.evaluations_due(config):
                 run.evaluate()
             asked = signals.received if run.spread.world == 1 else step.signal
             if asked:
                 raise run.interrupted(asked)
-            if run.finished():
+            if position.finished(config):
                 break
             if position.step % config.checkpoint_every == 0:
                 run.save()
@@ -184,15 +153,10 @@ class _Run:
         saving = config.checkpoints, config.keep_every, config.async_save
         self.saver = Saver(folder.checkpoints if folder else None, *saving)
         self._resume()
-        path = folder.path if folder else None
-        self.metrics = Rows(path and path / "metrics.jsonl", self.position.metrics_bytes)
-        self.speed = Rows(path and path / "speed.jsonl", self.position.speed_bytes)
-        self.tensorboard = _tensorboard(folder) if config.tensorboard and folder else None
-        self.unit = next((unit for name, unit in UNITS.items() if name in data.fields), "examples")
+        unit = next((unit for name, unit in UNITS.items() if name in data.fields), "examples")
+        self.record = Record(folder, config, self.position, unit)
         self.saved_step = self.position.step
         self.started = time.monotonic() - self.position.seconds
-        self.window = (time.monotonic(), self.position.tokens)
-        self.wait = 0.0
 
     def _resume(self) -> None:
         found = load_newest(self.folder.checkpoints) if self.folder else None
@@ -206,6 +170,11 @@ class _Run:
             self.position = position = from_mapping(Position, found.state, "state.json")
         except ConfigError as error:
             raise CheckpointError(f"{where}: {error}") from error
+        if not found.optimizer and position.step > position.skipped:
+            raise CheckpointError(
+                f"{where}/step-{position.step:08d}: optimizer.safetensors is empty; remove this "
+                "checkpoint to go on from the one before it"
+            )
         if not ranks.first():  # the first holds the sums of all
             position.sums, position.weight = {}, 0.0
         if self.config.keep == "best":
@@ -213,8 +182,7 @@ class _Run:
             if found.best is None:  # the run was begun with keep = "last": the best begins here
                 position.best_loss = None
         # a prolonged budget is looked at as often as one that was so long from the beginning
-        due = 1 + int(position.progress(self.config) * self.config.evaluations + 1e-9)
-        position.evaluations = min(position.evaluations, due)
+        position.evaluations = min(position.evaluations, position.evaluations_due(self.config))
         if self.folder is not None:
             console.say(f"resuming {self.folder.path} at step {self.position.step}")
 
@@ -230,10 +198,10 @@ class _Run:
 
         with ThreadPoolExecutor(1, thread_name_prefix="data") as executor:
             ahead = executor.submit(load, self.position.step)
-            while not self.finished():
+            while not self.position.finished(self.config):
                 asked = time.perf_counter()
                 batches = ahead.result()
-                self.wait += time.perf_counter() - asked
+                self.record.wait += time.perf_counter() - asked
                 ahead = executor.submit(load, self.position.step + 1)
                 yield batches
 
@@ -251,13 +219,13 @@ class _Run:
         )
         seed_layers(self.config.seed, "refresh", step)  # dropout, if it leaves that switched on
         generator = self._generator("refresh", step)
-        self.spread.look(lambda: self.objective.refresh(batches, generator))
+        self.spread.refresh(batches, generator)
 
     def set_learning_rate(self) -> None:
         """The rate of this step, from the share of the budget that is spent."""
         config = self.config
         self.learning_rate = config.lr * learning_rate_share(
-            self._progress_of_step(),
+            self.position.progress_of_step(config),
             warmup=config.warmup,
             schedule=config.schedule,
             decay=config.decay,
@@ -265,19 +233,6 @@ class _Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"]
-
-    def _progress_of_step(self) -> float:
-        # Step n of N is trained with the rate at n + 1, so that the first step is not lost to zero.
-        if self.config.steps is not None:
-            return (self.position.step + 1) / (self.config.steps + 1)
-        return max(self.position.progress(self.config), 1e-3)
-
-    def total_steps(self) -> int:
-        """Steps of the whole run: exact for a budget in steps, else an estimate."""
-        if self.config.steps is not None:
-            return self.config.steps
-        done = self.position.step + 1
-        return max(done, round(done / max(self.position.progress(self.config), 1e-3)))
 
     def forward_backward(self, place: int, batch: Batch) -> Output:
         """Forward and backward of one of this rank's passes."""
@@ -330,16 +285,6 @@ class _Run:
         console.warn(f"step {self.position.step}: loss or gradient is not finite; step passed over")
         return False
 
-    def count(self, outputs: list[Output], norm: float) -> None:
-        """Adds this rank's part of the step to the sums of the next row."""
-        sums = self.position.sums
-        for output in outputs:
-            share = float(output.weight)
-            for name, value in (("loss", output.loss), *output.metrics.items()):
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * share
-            sums["gradient_norm"] = sums.get("gradient_norm", 0.0) + norm * share
-            self.position.weight += share
-
     def gather_sums(self) -> None:
         """Brings the sums of all ranks to the first."""
         if self.spread.world == 1:
@@ -359,42 +304,9 @@ class _Run:
         self.saver.check()
 
     def log(self, bar: console.Progress) -> None:
-        """One row of metrics, one of speed, one line for people."""
+        """One row of what the steps since the last one gave."""
         self.gather_sums()
-        position, now = self.position, time.monotonic()
-        means = {k: v / max(position.weight, 1.0) for k, v in position.sums.items()}
-        counts = {"lr": self.learning_rate, "tokens": position.tokens, "skipped": position.skipped}
-        row = {"step": position.step, "split": "train", **means, **counts}
-        self._add_row(row)
-        seconds = max(now - self.window[0], 1e-9)
-        rate = (position.tokens - self.window[1]) / seconds
-        self.speed.add(
-            {
-                "step": position.step,
-                "seconds": round(position.seconds, 3),
-                "tokens_per_second": round(rate, 1),
-                "data_wait": round(self.wait / seconds, 5),
-            }
-        )
-        self.window, self.wait = (now, position.tokens), 0.0
-        position.sums, position.weight = {}, 0.0
-        loss = means.get("loss", math.nan)
-        note = f"step {position.step}  loss {loss:.3f}  {rate:,.0f} {self.unit}/s"
-        bar.move(position.progress(self.config), note)
-
-    def _add_row(self, row: dict[str, Any]) -> None:
-        self.metrics.add(row)
-        if self.tensorboard is not None:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
-
-    def evaluation_due(self) -> bool:
-        """Whether the budget has passed the next of the evenly spaced evaluations."""
-        if self.valid is None or self.config.evaluations == 0:
-            return False
-        due = 1 + int(self.position.progress(self.config) * self.config.evaluations + 1e-9)
-        return self.position.evaluations < due
+        self.record.train(self.position, self.learning_rate, bar)
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -407,10 +319,8 @@ class _Run:
             row = self.spread.look(self._look)
         finally:
             self.objective.train()
-        position.evaluations = 1 + int(
-            position.progress(self.config) * self.config.evaluations + 1e-9
-        )
-        self._add_row({"step": position.step, "split": "valid", **row})
+        position.evaluations = position.evaluations_due(self.config)
+        self.record.add({"step": position.step, "split": "valid", **row})
         if position.best_loss is None or row["loss"] < position.best_loss:
             position.best_loss, position.evaluations_since_best = row["loss"], 0
             if self.config.keep == "best":
@@ -419,10 +329,10 @@ class _Run:
             position.evaluations_since_best += 1
         progress = position.progress(self.config)
         chance = self.objective.chance_loss
-        self._warn("plateau", guard.plateau_warning(row["loss"], chance, progress))
+        self.record.warn(position, "plateau", guard.plateau_warning(row["loss"], chance, progress))
         if "effective_rank" in row:
             health = row["effective_rank"], row["spread"]
-            self._warn("collapse", guard.collapse_warning(*health, progress))
+            self.record.warn(position, "collapse", guard.collapse_warning(*health, progress))
 
     def _look(self) -> dict[str, float]:
         assert self.valid is not None
@@ -430,27 +340,12 @@ class _Run:
             row = evaluate(self.objective, self.valid, self.config, self.device)
         return row if self.watch is None else row | self.watch(self.objective)
 
-    def _warn(self, kind: str, text: str | None) -> None:
-        if text is None or any(w.startswith(f"{kind}: ") for w in self.position.warnings):
-            return
-        console.warn(text)
-        self.position.warnings.append(f"{kind}: {text}")
-        if self.folder is not None:
-            self.folder.warnings(self.position.warnings)
-
-    def finished(self) -> bool:
-        """Whether the budget is spent, or patience is."""
-        patience = self.config.patience
-        impatient = bool(patience) and self.position.evaluations_since_best >= patience
-        return impatient or self.position.progress(self.config) >= 1
-
     def save(self) -> None:
         """A checkpoint of this step, or its beginning; nothing without a folder."""
         if not self.saves:
             return
         self.gather_sums()
-        self.position.metrics_bytes = self.metrics.flushed_size()
-        self.position.speed_bytes = self.speed.flushed_size()
+        self.record.flush(self.position)
         checkpoint = Checkpoint(
             weights=self.spread.whole(self.objective.state_dict()),
             optimizer=self.spread.whole(optimizer_tensors(self.objective, self.optimizer)),
@@ -477,16 +372,13 @@ class _Run:
             self.objective.load_state_dict(self.best)
         self.spread.finish()
         self.spread.given.eval()
-        return self.metrics.rows
+        return self.record.metrics.rows
 
     def close(self) -> None:
         """Lets the files go, however the run ended, when the save under way is done."""
         torch.set_flush_denormal(False)
         self.saver.close()
-        self.metrics.close()
-        self.speed.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.record.close()
 
     def _generator(self, purpose: str, *numbers: int) -> torch.Generator:
         return torch_generator(self.config.seed, purpose, *numbers, device=self.device)
@@ -497,13 +389,3 @@ def _num_tokens(batch: Batch) -> int:
         return int(batch["mask"].sum())
     found = next((batch[name] for name in UNITS if name in batch), batch["index"])
     return found.shape[:2].numel()
-
-
-def _tensorboard(folder: RunFolder) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "training.tensorboard needs the extra: pip install 'selfsup[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder.path / "tensorboard"))

@@ -7,12 +7,13 @@ from torch import nn
 
 from selfsup.training.config import Optimizer, Schedule, TrainingConfig
 from selfsup.training.optimizers import adafactor
+from selfsup.training.optimizers.adamw import AdamW
 from selfsup.training.optimizers.groups import parameter_groups
 from selfsup.training.optimizers.lamb import Lamb
 from selfsup.training.optimizers.lars import Lars
 
 MOMENTS: dict[type[torch.optim.Optimizer], set[str]] = {
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW: {"step", "exp_avg", "exp_avg_sq"},
     adafactor.Adafactor: {"step", "row", "column", "variance"},
     Lamb: {"step", "exp_avg", "exp_avg_sq"},
     Lars: {"momentum_buffer"},
@@ -50,10 +51,10 @@ def num_moments(shape: torch.Size, name: Optimizer) -> int:
 
 def adamw(
     module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters."""
+) -> AdamW:
+    """Fused AdamW over the trainable parameters."""
     groups = parameter_groups(module, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate_share(

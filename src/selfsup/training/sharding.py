@@ -9,7 +9,7 @@ vocabulary are not divided among tensor-parallel ranks.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, final
 
 import torch
@@ -25,8 +25,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from selfsup import ranks
+from selfsup.batch import Batch
 from selfsup.errors import ConfigError
-from selfsup.models.transformer import Block, DecoderBlock
+from selfsup.models.block import Block, DecoderBlock
 from selfsup.objective import Objective
 from selfsup.training.distributed import Root
 
@@ -122,6 +123,28 @@ class Shards:
             self.root.reshard()
         return found
 
+    @torch.no_grad()
+    def refresh(
+        self, given: Objective, batches: Iterable[Batch], generator: torch.Generator
+    ) -> None:
+        """`Objective.refresh` of all weights, which every rank borrows for the time.
+
+        Args:
+            given: the objective as one process holds it; what it says is overwritten.
+            batches: of all data, the same on every rank.
+            generator: in the same state on every rank.
+        """
+        given.load_state_dict(
+            {n: self._whole(n, x) for n, x in self.objective.state_dict().items()}
+        )
+        given.train(self.objective.training)
+        given.refresh(batches, generator)
+        for name, parameter in given.named_parameters():
+            _here(self.objective.get_parameter(name)).copy_(_here(self.placed(name, parameter)))
+        for name, buffer in given.named_buffers():
+            owner, _, key = name.rpartition(".")
+            setattr(self.objective.get_submodule(owner), key, buffer.clone())
+
     def clip(self, limit: float) -> Tensor:
         """As `clip_gradient`: the norm is that of all ranks' shares."""
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
@@ -145,13 +168,19 @@ class Shards:
         """Tensors by name as one process holds them, on the first rank; empty on the others."""
         out = {}
         for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor()
-                fused = self.fused.get(_weight_of(name))
-                tensor = tensor if fused is None else self._by_matrix(tensor, fused)
+            tensor = self._whole(name, tensor)
             if ranks.first():
                 out[name] = tensor.cpu()
         return out
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight or moment as one process holds it; every rank has to ask."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        fused = self.fused.get(_weight_of(name))
+        return (
+            tensor.full_tensor() if fused is None else self._by_matrix(tensor.full_tensor(), fused)
+        )
 
     def placed(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's share of a whole weight or moment."""
@@ -168,8 +197,6 @@ class Shards:
 
 def _check(objective: Objective) -> None:
     name = type(objective).__name__
-    if objective.refresh_every:
-        raise ConfigError(f"training.sharded: {name} changes weights between steps; leave it out")
     for parameter, weight in objective.named_parameters():
         if weight.ndim == 0:
             raise ConfigError(

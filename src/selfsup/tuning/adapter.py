@@ -25,7 +25,7 @@ from typing import Any, Literal, final
 
 from torch import Tensor, nn
 
-from selfsup.models.transformer import ACTIVATIONS
+from selfsup.models.block import ACTIVATIONS
 from selfsup.objective import Task
 from selfsup.tuning.parts import Part, Where, add, blocks, innermost
 

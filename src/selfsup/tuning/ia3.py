@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfsup.models.transformer import DecoderBlock
+from selfsup.models.block import DecoderBlock
 from selfsup.objective import Task
 from selfsup.tuning.parts import Part, Where, add, blocks, innermost
 

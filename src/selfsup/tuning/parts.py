@@ -19,9 +19,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from selfsup.errors import ConfigError
+from selfsup.models.block import Block
 from selfsup.models.encoder import Encoder
 from selfsup.models.experts import Experts
-from selfsup.models.transformer import Block, TransformerEncoder
+from selfsup.models.transformer import TransformerEncoder
 
 OWN = "own"
 """The set of a run that was tuned by itself."""

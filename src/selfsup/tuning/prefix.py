@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup.models import attention
+from selfsup.models import view
 from selfsup.models.transformer import TransformerEncoder
 from selfsup.objective import Task
 from selfsup.tuning.parts import Additions, Part, Where, add, additions_of, innermost, stacks
@@ -105,7 +105,7 @@ class Prefixes:
     def __init__(self, additions: Additions, place: str):
         self.additions, self.place = additions, place
 
-    def __call__(self, num_rows: int) -> attention.Prefix | None:
+    def __call__(self, num_rows: int) -> view.Prefix | None:
         """Those of all active sets, one behind the other; a row sees those of its own sets."""
         working = list(self.additions.working(self.place, num_rows))
         if not working:
@@ -120,13 +120,13 @@ class Prefixes:
         device = working[0][1].table.device
         if all(rows is None for rows, _ in working):
             shift = torch.tensor([[sum(shifts)]], device=device) if any(shifts) else None
-            return attention.Prefix(layers, None, shift)
+            return view.Prefix(layers, None, shift)
         seen = torch.zeros(num_rows, len(working), dtype=torch.bool, device=device)
         for number, (rows, _) in enumerate(working):
             seen[slice(None) if rows is None else rows, number] = True
         shift = (seen * torch.tensor(shifts, device=device)).sum(1, keepdim=True)
         real = seen.repeat_interleave(torch.tensor(lengths, device=device), 1)
-        return attention.Prefix(layers, real, shift if any(shifts) else None)
+        return view.Prefix(layers, real, shift if any(shifts) else None)
 
 
 def prefix(task: Task, config: Config, where: Where) -> None:

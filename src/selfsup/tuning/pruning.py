@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from selfsup.errors import ConfigError, nearest
 from selfsup.models.attention import Attention
+from selfsup.models.block import Block, Feedforward
 from selfsup.models.encoder import Encoder
-from selfsup.models.transformer import Block, Feedforward, TransformerEncoder
+from selfsup.models.transformer import TransformerEncoder
 
 Parts = Mapping[int, Collection[int]]
 """Layer -> numbers of its heads or units, as they are now."""

@@ -21,10 +21,10 @@ from jaxtyping import Float, Int8
 from torch import Tensor, nn
 
 from selfsup.errors import ConfigError
-from selfsup.model_folder import Model
+from selfsup.model import Model
+from selfsup.models.block import Block
 from selfsup.models.encoder import Encoder
 from selfsup.models.experts import Experts
-from selfsup.models.transformer import Block
 
 CAN_PACK = hasattr(torch, "quantize_per_channel") and any(
     engine != "none" for engine in torch.backends.quantized.supported_engines

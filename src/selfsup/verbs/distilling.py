@@ -1,5 +1,6 @@
 """Distilling a fine-tuned run into a smaller one: the teacher's answers, and perhaps more texts."""
 
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
@@ -10,11 +11,13 @@ import torch
 from selfsup import config as configuration
 from selfsup import console, registry
 from selfsup.batch import Batch
+from selfsup.building import build_encoder
 from selfsup.data.dataset import LabelledDataset
 from selfsup.data.labels import Labelled
 from selfsup.errors import ConfigError, nearest
 from selfsup.evaluation.adapt import default_training, new_task, rows_of, score
-from selfsup.model_folder import Model, build_encoder, load_model, save_model
+from selfsup.model import Model
+from selfsup.model_folder import load_model, save_model
 from selfsup.models.encoder import Encoder
 from selfsup.models.shallower import take_layers
 from selfsup.models.transformer import TransformerEncoder
@@ -122,8 +125,7 @@ def distill(
     preprocessor = taught.preprocessor
     if max_length is not None:
         preprocessor = preprocessor.limited(max_length)
-    folder = RunFolder(Path(out), resume)
-    try:
+    with closing(RunFolder(Path(out), resume)) as folder:
         sections = {
             "data": base["data"],
             "model": base["model"],
@@ -134,7 +136,7 @@ def distill(
             "tuning": {"name": "full", "base": str(student or teacher)},
             "distillation": {"teacher": str(teacher), **configuration.to_mapping(config)},
         }
-        facts = {"labelled_examples": len(labelled), "unlabelled_examples": len(extra)}
+        facts = {**labelled.facts(), "unlabelled_examples": len(extra)}
         same = {k: sections[k] for k in ("model", "task", "labels")}
         if resume:
             check_same(folder.path, {**same, **more}, facts)
@@ -152,8 +154,6 @@ def distill(
         train(objective, rows, held_out, training, folder, "distilling", watch)
         tunings = {"names": [*base.get("tuning", {}).get("names", ()), "full"]}
         save_model(folder.path / "model", task, {**sections, "tuning": tunings}, preprocessor)
-    finally:
-        folder.close()
     return folder.path
 
 

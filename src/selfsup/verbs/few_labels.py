@@ -1,6 +1,7 @@
 """Few labels and many unlabelled items: pattern-exploiting training and self-training of a run."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from selfsup.evaluation.adapt import (
     score,
 )
 from selfsup.files import write_json
-from selfsup.model_folder import Model, load_model, save_model
+from selfsup.model import Model
+from selfsup.model_folder import load_model, save_model
 from selfsup.objective import Objective, Task
 from selfsup.run_start import check_same, write_run
 from selfsup.tasks import classification, cloze
@@ -70,7 +72,7 @@ def zero_shot(
         task = _cloze(
             base, template_files.text_of(name), values["cloze"], labelled, str(name), seed=0
         )
-        out[str(name)] = score(task, rows_of(task, preprocessor, _as(labelled, "cloze")))
+        out[str(name)] = score(task, rows_of(task, preprocessor, _as_cloze(labelled)))
     return out
 
 
@@ -131,7 +133,7 @@ def pet(
             text = _best_words(base, task, preprocessor, values["cloze"], labelled, held_out)
             task = _cloze(base, text, values["cloze"], labelled, str(name), config.seeds[0])
         chosen.append(text)
-        accuracies.append(score(task, rows_of(task, preprocessor, _as(labelled, "cloze"))))
+        accuracies.append(score(task, rows_of(task, preprocessor, _as_cloze(labelled))))
         console.say(f"{name}: accuracy {accuracies[-1]:.3f} on the labelled examples, untrained")
     sections = _final_sections(base, values, labelled)
     extra = {
@@ -139,9 +141,8 @@ def pet(
         "pet": {**configuration.to_mapping(config), "templates": chosen},
         "training": configuration.to_mapping(_config(TrainingConfig, values, "training")),
     }
-    facts = {"labelled_examples": len(labelled), "unlabelled_examples": len(items)}
-    folder = RunFolder(Path(out), resume)
-    try:
+    facts = {**labelled.facts(), "unlabelled_examples": len(items)}
+    with closing(RunFolder(Path(out), resume)) as folder:
         if resume:
             check_same(folder.path, {k: sections[k] for k in ("model", "task", "labels")}, facts)
 
@@ -149,7 +150,7 @@ def pet(
             task = _cloze(base, chosen[number], values["cloze"], labelled, "", seed)
             title = f"template {templates[number]}, seed {seed}"
             training = replace(short, seed=seed)
-            fit(task, preprocessor, _as(examples, "cloze"), training, title=title)
+            fit(task, preprocessor, _as_cloze(examples), training, title=title)
             return class_scores(task, preprocessor, without_labels(items, labelled, "cloze"))
 
         said = patterns.annotate(fit_one, accuracies, labelled, items, config)
@@ -177,8 +178,6 @@ def pet(
             "command": environment.command_line(),
         }
         write_json(folder.path / "pet.json", record)
-    finally:
-        folder.close()
     return folder.path
 
 
@@ -224,9 +223,8 @@ def self_train(
         "self_training": configuration.to_mapping(config),
         "training": configuration.to_mapping(training),
     }
-    facts = {"labelled_examples": len(labelled), "unlabelled_examples": len(items)}
-    folder = RunFolder(Path(out), False)
-    try:
+    facts = {**labelled.facts(), "unlabelled_examples": len(items)}
+    with closing(RunFolder(Path(out), False)) as folder:
 
         def train_one(examples: Labelled, number: int) -> Task:
             task = _classifier(base, values, examples, training.seed + number)
@@ -244,8 +242,6 @@ def self_train(
         record = {**configuration.to_mapping(config), **facts, "rounds": rounds}
         record["command"] = environment.command_line()
         write_json(folder.path / "self_training.json", record)
-    finally:
-        folder.close()
     return folder.path
 
 
@@ -294,10 +290,10 @@ def _best_words(
     def measure(text: str) -> float:
         assert held_out is not None
         other = _cloze(base, text, values, labelled, "", seed=0)
-        return score(other, rows_of(other, preprocessor, _as(held_out, "cloze")))
+        return score(other, rows_of(other, preprocessor, _as_cloze(held_out)))
 
     ranked = None if held_out is None else measure
-    found = verbalizers.search(task, preprocessor, _as(labelled, "cloze"), measure=ranked)
+    found = verbalizers.search(task, preprocessor, _as_cloze(labelled), measure=ranked)
     return found[0][0]
 
 
@@ -308,8 +304,8 @@ def _read(
     return read(path, "classification", names=names, **(columns or {}))
 
 
-def _as(labelled: Labelled, task: str) -> Labelled:
-    return replace(labelled, task=task)
+def _as_cloze(labelled: Labelled) -> Labelled:
+    return replace(labelled, task="cloze")
 
 
 def _training(base: Model, count: int, watched: bool) -> dict[str, Any]:
@@ -365,7 +361,7 @@ def _cloze(
     config = configuration.from_mapping(cloze.Config, keys, "cloze")
     method: Objective = base.objective
     return new_task(
-        *(base.encoder, "cloze", config, _as(labelled, "cloze")),
+        *(base.encoder, "cloze", config, _as_cloze(labelled)),
         tuning="full",
         seed=seed,
         method=method,

@@ -21,7 +21,8 @@ from selfsup.evaluation import (
 from selfsup.evaluation.adapt import default_training, fit, new_task, num_rows, rows_of
 from selfsup.evaluation.gallery import gallery
 from selfsup.files import write_json, write_text
-from selfsup.model_folder import Base, Model, joined, load_model, save_model
+from selfsup.model import Model
+from selfsup.model_folder import Base, joined, load_model, save_model
 from selfsup.objective import Objective
 from selfsup.run_start import (
     IDENTITY,
@@ -29,12 +30,13 @@ from selfsup.run_start import (
     build_method,
     check_fields,
     check_same,
+    say_changes,
     say_start,
     write_run,
 )
 from selfsup.tasks.classification import Classification
 from selfsup.training.config import TrainingConfig
-from selfsup.training.distributed import machines_turn, processes
+from selfsup.training.distributed import check_ranks, machines_turn, processes
 from selfsup.training.evaluate import evaluate_corpora
 from selfsup.training.folder import RunFolder
 from selfsup.training.loop import Watch, train
@@ -72,6 +74,7 @@ def pretrain(
     """
     values = configuration.overridden(configuration.recipe_values(recipe), settings or {})
     config = run_config(values)
+    check_ranks(config.training)
     with _folder(out, resume) as folder:
         objective, prepared = _pretrain(config, data, folder, resume)
         if folder is not None:
@@ -102,6 +105,7 @@ def _pretrain(
         prepared = data_module.prepare(config.data, data)
     if resume and folder:
         check_same(folder.path, {}, {k: prepared.facts[k] for k in IDENTITY})
+        say_changes(folder.path, config.training)
     method = registry.resolve(registry.METHODS, "method", config.method_name)
     check_fields(config, method.fields, prepared.train.fields)
     objective = build_method(config, prepared.spec)
@@ -200,6 +204,7 @@ def finetune(
     module = registry.module_of(registry.TASKS, "task", task)
     task_config = configuration.from_mapping(module.Config, values["task"], "task")
     training = configuration.from_mapping(TrainingConfig, values["training"], "training")
+    check_ranks(training)
     with _folder(out, resume) as folder:
         built = new_task(
             *(base.encoder, task, task_config, train_data),
@@ -223,10 +228,11 @@ def finetune(
             },
             "training": configuration.to_mapping(training),
         }
-        facts = {"labelled_examples": len(train_data)}
+        facts = train_data.facts()
         if folder and resume:
             same = {k: sections[k] for k in ("model", "task", "labels")}
             check_same(folder.path, {**same, "tuning": extra["tuning"]}, facts)
+            say_changes(folder.path, training)
         if not chosen.whole:
             moved, every = trained(built)
             console.say(f"{tuning}: {moved:,} of {every:,} parameters train ({moved / every:.2%})")

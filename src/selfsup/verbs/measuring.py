@@ -20,6 +20,7 @@ from selfsup.data.labels import Labelled, with_known_first
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.evaluation import compare as comparison
 from selfsup.evaluation import (
+    compare_settings,
     detectors,
     early_exit,
     frozen,
@@ -34,7 +35,8 @@ from selfsup.evaluation.demonstrations import read_parts
 from selfsup.evaluation.metrics import METRICS
 from selfsup.evaluation.targets import part_accuracies
 from selfsup.files import write_json
-from selfsup.model_folder import Model, load_model
+from selfsup.model import Model
+from selfsup.model_folder import load_model
 from selfsup.objective import Task
 from selfsup.training.device import autocast
 from selfsup.training.evaluate import evaluate as held_out_loss
@@ -160,14 +162,15 @@ def compare(
 
     Args:
         run: a pre-trained run.
-        task: classification, tagging, regression, span_qa or generation.
+        task: classification, tagging, regression, span_qa, generation or cloze.
         data: labelled training file.
         valid: labelled validation file that chooses learning rates; by default split off `data`.
         test: labelled test file; by default split off `data`.
         columns: as for `finetune`.
         out: another place for the JSON file.
-        settings: fields of `evaluation.compare.Settings`: label_counts, seeds, lrs, steps, tuning
-            ("full,lora,probe" compares these), tuning_options ({"lora": {"rank": 16}}).
+        settings: fields of `evaluation.compare_settings.Settings`: label_counts, seeds, lrs, steps,
+            tuning ("full,lora,probe" compares these), tuning_options ({"lora": {"rank": 16}}),
+            task_options ({"template": "topic.txt"}).
 
     Returns:
         what the file holds.
@@ -178,14 +181,15 @@ def compare(
     kind = model.values["data"]["name"]
     labels = comparison.read_labels(kind, task, data, valid, test, **(columns or {}))
     counts = settings.pop("label_counts", None) or _default_counts(len(labels.train))
-    chosen = comparison.Settings(task=task, label_counts=tuple(counts), **settings)
+    chosen = compare_settings.Settings(task=task, label_counts=tuple(counts), **settings)
     result = comparison.compare(run, labels, chosen)
     result["command"] = environment.command_line()
     path = Path(out) if out else Path(run) / "compare.json"
     write_json(path, result)
     if registry.resolve(registry.TASKS, "task", task).gives_text:
         return result  # a map shows items by their labels
-    shown = showcase.embedding_map(model, model.untrained_encoder(), labels.test)
+    test_part = replace(labels.test, task="classification") if task == "cloze" else labels.test
+    shown = showcase.embedding_map(model, model.untrained_encoder(), test_part)
     stem = path.stem if "compare" in path.stem else f"{path.stem}-compare"
     write_json(path.with_name(stem.replace("compare", "embeddings") + ".json"), shown)
     return result

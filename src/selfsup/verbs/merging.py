@@ -5,6 +5,7 @@ is as fast as its base. Where it cannot (adapters, prefixes, prompts), the run c
 encoder's weights.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def merge(run: str | Path, out: str | Path) -> Path:
     left_out = ("format", "sha256", "base")
     sections: dict[str, Any] = {k: v for k, v in model.values.items() if k not in left_out}
     sections["tuning"] = tuning
-    folder = RunFolder(Path(out))
-    try:
+    with closing(RunFolder(Path(out))) as folder:
         save_model(folder.path / "model", model.objective, sections, model.preprocessor)
         values = read_toml(Path(run) / "run.toml")
         values["merged"] = {"run": str(run)}
@@ -61,6 +61,4 @@ def merge(run: str | Path, out: str | Path) -> Path:
         facts = {**values.get("facts", {}), "parameters": number}
         written = write_toml({**values, "command": command, "facts": facts})
         write_text(folder.path / "run.toml", written)
-    finally:
-        folder.close()
     return folder.path

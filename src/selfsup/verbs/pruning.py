@@ -4,13 +4,15 @@ run.toml, model/    as in every run: `load`, `evaluate`, `finetune`, `compare` t
 pruning.json        what was removed; parameters, bytes, seconds and score before and after; for
                     heads, units and the top layers the same for every tenth that might be removed
 
-Seconds are those of the encoder for one batch of random content; before and after are measured in
-turn, so that what else the machine does slows both alike.
+Seconds are those of the encoder for a batch: the mean over some of the scored examples, from short
+to long, or without labels one of random content. Before and after are measured in turn, so that
+what else the machine does slows both alike.
 """
 
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +30,8 @@ from selfsup.data.labels import Labelled, with_known_first
 from selfsup.errors import CheckpointError, ConfigError, nearest
 from selfsup.evaluation.adapt import default_training, num_rows, rows_of, score
 from selfsup.files import write_json, write_text
-from selfsup.model_folder import Model, load_model, save_model
+from selfsup.model import Model
+from selfsup.model_folder import load_model, save_model
 from selfsup.models.encoder import Encoder
 from selfsup.objective import Objective, Task
 from selfsup.training.config import TrainingConfig
@@ -61,7 +64,8 @@ PARTS = {"heads": (head_importance, prune_heads), "units": (unit_importance, pru
 TRAINED = {"gradual": "magnitude", "movement": "movement"}
 CURVE = tuple(tenth / 10 for tenth in range(10))
 JUDGED = 1000  # examples that importance is measured on, at most
-ROWS, LENGTH, ROUNDS = 32, 64, 5  # of the batch that is timed, and how often
+ROWS, LENGTH = 32, 64  # of a batch that is timed
+BATCHES, ROUNDS = 3, 3  # how many at most, and how often each
 
 
 def prune(
@@ -104,8 +108,7 @@ def prune(
     labels = _read(model, data, test, columns or {})
     if labels is None and kind in (*PARTS, *TRAINED):
         raise ConfigError(f"pruning {kind} needs labelled examples: give data")
-    folder = RunFolder(Path(out))
-    try:
+    with closing(RunFolder(Path(out))) as folder:
         smaller = copy.deepcopy(whole)
         held_out = None if labels is None else _rows(whole, model, labels[1])
         result: dict[str, Any] = {"kind": kind, "amount": amount}
@@ -136,8 +139,6 @@ def prune(
         result["seconds"] = round(time.monotonic() - started, 1)
         result["command"] = environment.command_line()
         write_json(folder.path / "pruning.json", result)
-    finally:
-        folder.close()
     return result
 
 
@@ -258,13 +259,13 @@ def _difference(
 ) -> dict[str, Any]:
     """Parameters, seconds and, with labels, score of both; `before`: score the whole one too."""
     pair = {"before": whole, "after": smaller}
-    batch = to_device(example_batch(model.encoder), model.device)
+    batches = _timed(model, held_out)
     with autocast(model.device, model.dtype):
-        seconds = seconds_per_batch([task.encoder for task in pair.values()], batch)
+        seconds = seconds_per_batch([task.encoder for task in pair.values()], batches)
     out: dict[str, Any] = {
         "parameters": {k: sum(p.numel() for p in task.parameters()) for k, task in pair.items()},
         "seconds_per_batch": dict(zip(pair, seconds, strict=True)),
-        "batch": {name: list(value.shape) for name, value in batch.items()},
+        "batches": [{k: list(value.shape) for k, value in batch.items()} for batch in batches],
     }
     if held_out is not None:
         scored = {k: cast(Task, task) for k, task in pair.items() if before or k == "after"}
@@ -272,6 +273,15 @@ def _difference(
         out["score"] = {name: score(task, held_out) for name, task in scored.items()}
         out["test_size"] = len(held_out)
     return out
+
+
+def _timed(model: Model, held_out: LabelledDataset | None) -> list[Batch]:
+    """The batches that are timed; of the scored examples evenly from the short to the long."""
+    if held_out is None:
+        return [to_device(example_batch(model.encoder), model.device)]
+    batches = list(_batches(held_out, model))
+    step = -(-len(batches) // BATCHES)
+    return batches[step // 2 :: step]
 
 
 def example_batch(encoder: Encoder, rows: int = ROWS, length: int = LENGTH) -> Batch:
@@ -300,29 +310,31 @@ def example_batch(encoder: Encoder, rows: int = ROWS, length: int = LENGTH) -> B
 
 @torch.inference_mode()
 def seconds_per_batch(
-    encoders: Sequence[Encoder], batch: Batch, rounds: int = ROUNDS
+    encoders: Sequence[Encoder], batches: Sequence[Batch], rounds: int = ROUNDS
 ) -> list[float]:
-    """The shortest time of each encoder for one batch, measured in turn.
+    """Each encoder's mean over the batches, of each the shortest time, measured in turn.
 
     What else the machine does can only make it longer.
     """
-    timed: list[list[float]] = [[] for _ in encoders]
+    shortest = np.full((len(encoders), len(batches)), np.inf)
     wait: Callable[[], None] = (
-        torch.cuda.synchronize if next(iter(batch.values())).is_cuda else lambda: None
+        torch.cuda.synchronize if next(iter(batches[0].values())).is_cuda else lambda: None
     )
     states = [encoder.training for encoder in encoders]
     for number in range(rounds + 1):
-        for encoder, times in zip(encoders, timed, strict=True):
-            encoder.eval()
-            wait()
-            started = time.perf_counter()
-            encoder(batch)
-            wait()
-            if number:  # the first round warms up
-                times.append(time.perf_counter() - started)
+        for place, batch in enumerate(batches):
+            for row, encoder in enumerate(encoders):
+                encoder.eval()
+                wait()
+                started = time.perf_counter()
+                encoder(batch)
+                wait()
+                if number:  # the first round warms up
+                    taken = time.perf_counter() - started
+                    shortest[row, place] = min(shortest[row, place], taken)
     for encoder, training in zip(encoders, states, strict=True):
         encoder.train(training)
-    return [min(times) for times in timed]
+    return shortest.mean(1).tolist()
 
 
 def _save(path: Path, run: Path, model: Model, smaller: Objective, pruning: dict[str, Any]) -> None:

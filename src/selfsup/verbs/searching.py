@@ -9,10 +9,13 @@ from selfsup import registry
 from selfsup.data.sources import Item, Source
 from selfsup.errors import CheckpointError, ConfigError, DataError, StorageError
 from selfsup.files import remove_folder
-from selfsup.model_folder import Model, load_model
-from selfsup.vector_files import VectorForm, make_parts, name_of, write_npy, write_parquet
+from selfsup.model import Model
+from selfsup.model_folder import load_model
+from selfsup.vector_files import write_npy, write_parquet
 from selfsup.vector_index import Found, Recall, VectorIndex, write_index
+from selfsup.vector_parts import VectorForm, make_parts, name_of
 from selfsup.vector_search import Kind, check_kind
+from selfsup.workers import Engine, Workers
 
 
 class Embedded(NamedTuple):
@@ -41,6 +44,8 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     index: Kind | None = None,
     batch_size: int = 64,
+    jobs: int = 1,
+    engine: Engine = "local",
 ) -> Embedded:
     """Writes one vector per item; data may be larger than memory.
 
@@ -57,11 +62,15 @@ def embed(
         dtype: how numbers are stored.
         index: of an index: exact (the default), or ivf or hnsw, which need faiss.
         batch_size: items per forward pass.
+        jobs: processes side by side on this machine, which take its GPUs in turn.
+        engine: "ray": the processors, or the GPUs, of a Ray cluster that shares this machine's
+            files. A script that asks for it or for more jobs needs `if __name__ == "__main__":`.
 
     Raises:
-        ConfigError: `out` has another extension, or faiss is missing.
+        ConfigError: `out` has another extension, or faiss or Ray is missing.
         StorageError: `out` is a folder of something else.
         DataError: the data cannot be read, or too much of them cannot be used.
+        SelfsupError: a worker failed or died twice at the same part; its items are named.
     """
     path = Path(out)
     _check_out(path, index)
@@ -69,12 +78,13 @@ def embed(
         raise ConfigError(f"dtype must be float32 or float16, got {dtype!r}")
     kind = index or "exact"
     check_kind(kind)
-    model = load_model(run)
+    workers = Workers(jobs, engine)
+    model = load_model(run, "auto" if workers == Workers() else "cpu")
     form = VectorForm(layer=layer, dtype=dtype, unit=not path.suffix, batch_size=batch_size)
     items = _module(model).read_items(data, text, model.preprocessor)
     source = str(data) if isinstance(data, Item) else ", ".join(map(str, data))
     aside = path.with_name(f"{path.name}.parts")
-    parts = make_parts(model, items, source, aside, form)
+    parts = make_parts(run, model, items, source, aside, form, workers)
     shown = {"layer": "pooled" if layer is None else layer, "dtype": dtype}
     if path.suffix == ".npy":
         write_npy(path, parts)

@@ -15,7 +15,8 @@ import torch
 
 from selfsup.batch import Batch
 from selfsup.errors import ConfigError, DataError, nearest
-from selfsup.model_folder import Base, Model, assemble, check_base, load_model, read_folder
+from selfsup.model import Model
+from selfsup.model_folder import Base, assemble, check_base, load_model, read_whole
 from selfsup.models.encoder import Encoder, Features
 from selfsup.objective import Objective, Task
 from selfsup.tasks.classification import Classification
@@ -96,20 +97,24 @@ class TunedModels:
         Raises:
             CheckpointError, ConfigError: as above, or the name is taken.
         """
-        path, values = read_folder(run)
-        if "base" not in values or "task" not in values:
-            raise ConfigError(
-                f"{run}: is not a task tuned over a base: it holds an encoder of its own; load it "
-                "by itself (selfsup.load), or tune the base again with --tuning lora"
-            )
-        check_base(path, values["base"], self.base)
         with self._lock:
             if name in self._models:
                 raise ConfigError(f"{name!r} is loaded already: remove it first, or name it anew")
             key = f"set{self._number}"
-            self._number += 1
+
+            def read(path: Path, values: dict[str, Any]) -> Model:
+                self._forget(key)  # a save came between, and it is read again
+                if "base" not in values or "task" not in values:
+                    raise ConfigError(
+                        f"{run}: is not a task tuned over a base: it holds an encoder of its own; "
+                        "load it by itself (selfsup.load), or tune the base again with --tuning "
+                        "lora"
+                    )
+                check_base(path, values["base"], self.base)
+                return assemble(path, values, self.base.model, str(self.base.model.device), key)
+
             try:
-                model = assemble(path, values, self.base.model, str(self.base.model.device), key)
+                model = read_whole(run, read)
                 if _reads_features(model.objective):
                     _stand_in(model.objective, self.base.model.encoder)
             except BaseException:
@@ -118,6 +123,7 @@ class TunedModels:
             finally:
                 self._additions.active = self._of_base
             self._models[name], self._sets[name] = model, key
+            self._number += 1
 
     def remove(self, name: str) -> None:
         """Lets one run go.

@@ -8,7 +8,7 @@ from selfsup import registry
 from selfsup.data import label_files
 from selfsup.data.labels import Labelled
 from selfsup.errors import DataError
-from selfsup.model_folder import Model
+from selfsup.model import Model
 
 Sources = str | Path | Sequence[str]
 TAGGED = (".conllu", ".conll", ".bio", ".bmes")

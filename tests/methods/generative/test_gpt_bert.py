@@ -10,9 +10,9 @@ from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.generative.corruptions import disguised, drawn
 from selfsup.methods.generative.gpt_bert import GPTBERT, Config
-from selfsup.models.attention import Cache
 from selfsup.models.transformer import Config as Model
 from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.view import Cache
 from selfsup.randomness import isolated, numpy_generator, seed_layers, torch_generator
 
 PAD, UNK, CLS, SEP, MASK = range(5)

@@ -99,7 +99,7 @@ class Likelihood(nn.Module):
     def __init__(self, sigma: float):
         super().__init__()
         self.learned = sigma == 0
-        value = torch.tensor(math.log(sigma or 1.0))
+        value = torch.tensor([math.log(sigma or 1.0)])  # a list of one can be spread over ranks
         if self.learned:
             self.raw = nn.Parameter(value)
         else:
@@ -108,8 +108,8 @@ class Likelihood(nn.Module):
     def log_sigma(self) -> Float[Tensor, ""]:
         """log of the deviation; a learned one is softly kept above exp(-6)."""
         if not self.learned:
-            return self.raw
-        return LEAST_LOG_SIGMA + F.softplus(self.raw - LEAST_LOG_SIGMA)
+            return self.raw.squeeze()
+        return LEAST_LOG_SIGMA + F.softplus(self.raw.squeeze() - LEAST_LOG_SIGMA)
 
 
 @final

@@ -31,7 +31,7 @@ from selfsup.methods.ops import follows, token_scores
 from selfsup.methods.surprisal import Surprisal, surprisal
 from selfsup.models.elmo import ElmoEncoder
 from selfsup.models.encoder import Encoder
-from selfsup.models.transformer import Projection
+from selfsup.models.vocabulary_head import Projection
 from selfsup.objective import Objective, Output
 
 

@@ -31,7 +31,9 @@ from selfsup.methods.ops import follows, penalised, token_scores
 from selfsup.methods.surprisal import mean_surprisal, surprisal
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.encoder import Features
-from selfsup.models.transformer import Cache, Projection, TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import Projection, VocabularyHead
 from selfsup.objective import Objective, Output
 
 

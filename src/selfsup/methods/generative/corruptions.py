@@ -219,7 +219,8 @@ def sentinel_spans(
     """Spans are replaced by sentinels; the target is each sentinel and its span, then the end.
 
     A row of n text tokens has exactly round(rate * n) hidden tokens in exactly round(that / span)
-    spans, at least one; between two spans and before the first there is at least one token.
+    spans, at least one; between two spans and before the first there is at least one token, and the
+    last span ends the row, as in T5's code.
 
     Args:
         rows: any.

@@ -28,6 +28,7 @@ from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
 from torch import Tensor
 
 from selfsup.batch import Batch, Vocabulary
@@ -36,6 +37,7 @@ from selfsup.methods.generative import corruptions
 from selfsup.methods.generative.corruptions import Pair, Rows
 from selfsup.methods.ops import penalised
 from selfsup.methods.surprisal import mean_surprisal
+from selfsup.models.decoding import DecoderWriter, Rules, sample
 from selfsup.models.encoder import Encoder
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.objective import Objective, Output
@@ -171,6 +173,25 @@ class Denoising(Objective):
             self.encoder.project(written.last), target.tokens, predicted
         )
         return penalised(Output(loss, predicted.sum(), {"accuracy": accuracy}), read, written)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        num_tokens: int,
+        generator: torch.Generator,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Int[Tensor, "batch num_tokens"]:
+        """Writes what each text was before it was corrupted, or what the model makes of it.
+
+        Arguments and errors are those of `causal_language`; here special tokens are written, too.
+        """
+        writer = DecoderWriter(self.encoder, self.encoder(batch))
+        rules = Rules.of(self.vocabulary, num_tokens)
+        return sample(writer, rules, generator, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def corrupt(self, rows: Rows, generator: torch.Generator) -> Pair:
         """What the encoder reads of these rows, and what the decoder has to write."""

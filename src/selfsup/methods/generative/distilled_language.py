@@ -40,7 +40,8 @@ from selfsup.methods.generative.corruptions import disguised, drawn
 from selfsup.methods.ops import cosine_similarity, frozen, masked_loss, penalised, soft_loss
 from selfsup.models.encoder import Encoder, Features
 from selfsup.models.shallower import take_layers
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import Objective, Output
 
 

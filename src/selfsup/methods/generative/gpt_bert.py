@@ -36,10 +36,11 @@ from selfsup.errors import ConfigError
 from selfsup.methods.generative.corruptions import disguised, drawn
 from selfsup.methods.ops import follows, penalised, token_scores
 from selfsup.methods.surprisal import mean_surprisal, surprisal
-from selfsup.models.attention import Cache
 from selfsup.models.decoding import CausalWriter, Rules, never_written, sample
 from selfsup.models.encoder import Encoder, Features
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.view import Cache
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import Objective, Output
 
 

@@ -34,7 +34,8 @@ from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.ops import penalised
 from selfsup.methods.surprisal import mean_surprisal
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead
+from selfsup.models.transformer import TransformerEncoder
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import Objective, Output
 
 

@@ -40,7 +40,8 @@ from selfsup.batch import Batch, Vocabulary
 from selfsup.errors import ConfigError
 from selfsup.methods.ops import masked_loss
 from selfsup.models.transformer import Config as Model
-from selfsup.models.transformer import TransformerEncoder, VocabularyHead, initialise
+from selfsup.models.transformer import TransformerEncoder, initialise
+from selfsup.models.vocabulary_head import VocabularyHead
 from selfsup.objective import Objective, Output
 
 
