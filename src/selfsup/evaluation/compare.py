@@ -82,7 +82,7 @@ def compare(run: str | Path, labels: Labels, settings: Settings) -> dict[str, An
         "arms": {arm: _scores(results, *place, settings) for arm, place in places.items()},
         "seconds": seconds,
         "seeds": list(settings.seeds),
-        "task_options": dict(settings.task_options),
+        **({"task_options": dict(settings.task_options)} if settings.task_options else {}),
         "tuning": main,
         "tunings": {name: _of_tuning(results, name, settings) for name in settings.tunings},
         "baseline_names": {
