@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
+torch.manual_seed(0)  # for fixtures of modules: a process starts with a seed of its own
 THINGS = ("film", "book", "song", "story", "meal", "place", "game", "trip")
 GOOD = ("wonderful", "great", "lovely", "bright", "charming")
 BAD = ("terrible", "dull", "awful", "boring", "gloomy")
@@ -52,6 +54,12 @@ device = "cpu"
 CAUSAL = MASKED.replace('"masked_language"', '"causal_language"').replace(
     "heads = 2", 'heads = 2\ncausal = true\npooling = "last"'
 )
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same draws for a test, whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 def sentences(count: int, seed: int) -> list[tuple[str, str]]:

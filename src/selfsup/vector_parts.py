@@ -13,7 +13,6 @@ their part, so it is the same to the vectors who made it.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,12 +28,12 @@ from selfsup.data.sharded import made, manifest, whole_shard
 from selfsup.errors import CheckpointError, DataError
 from selfsup.model import Model
 from selfsup.model_folder import load_model
+from selfsup.readable import name_of, refusals
 from selfsup.training.device import pick_device, pick_dtype
 from selfsup.workers import NUMBER, Shard, Workers
 
 PART_ITEMS = 4096
 PART_BYTES = 2**26  # of encoded pictures or long texts, which are in memory at once
-NUMBERED = re.compile(r"^item \d+( \(.*?\))?( is| cannot be used)?:? ")  # messages of preprocessors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,6 @@ class Parts:
         for folder in self.folders:
             lines = (folder / "items.jsonl").read_bytes().splitlines()
             yield [json.loads(line) for line in lines]
-
-
-def name_of(place: str, item: Any) -> str:
-    """What people call an item: a text itself, anything else by its place."""
-    return item if isinstance(item, str) else place
 
 
 class Origin(NamedTuple):
@@ -273,27 +267,3 @@ def _embedded(
     good = [i for i in range(len(items)) if i not in reasons]
     bad = [f"{window[i][0]}: {reason}" for i, reason in reasons.items()]
     return model.embed([items[i] for i in good], form.batch_size, form.layer), good, bad
-
-
-def refusals(model: Model, items: list[Any], size: int = 64) -> dict[int, str]:
-    """Why items cannot be read, by number."""
-    reasons = {}
-    for first in range(0, len(items), size):
-        group = items[first : first + size]
-        if _refusal(model, group) is None:
-            continue
-        for number, item in enumerate(group, first):
-            reason = _refusal(model, [item])
-            if reason is not None:
-                reasons[number] = NUMBERED.sub("", reason)
-    return reasons
-
-
-def _refusal(model: Model, items: list[Any]) -> str | None:
-    try:
-        with console.silent():  # those that can be used are read again
-            for _ in model.preprocessor.batches(items, len(items)):
-                pass
-    except DataError as error:
-        return str(error)
-    return None

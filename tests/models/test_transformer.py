@@ -338,14 +338,14 @@ def test_absent_segments_mean_sentence_a():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_bf16_autocast_stays_close_to_float32(config):
-    encoder = build(config)
+    encoder = build(replace(config, init_std=0.1))  # larger weights: scores that saturate, and jump
     head = VocabularyHead(encoder, transform=True)
     batch = pad([random_tokens(7), random_tokens(3)], "right")
     expected = head(encoder(batch).last, encoder.embedding)
     with torch.autocast("cpu", torch.bfloat16):
         got = head(encoder(batch).last, encoder.embedding)
     assert got.isfinite().all()
-    assert (got - expected).norm() / expected.norm() < 0.05
+    assert (got - expected).norm() / expected.norm() < 0.03
 
 
 def test_dropout_acts_only_in_training():

@@ -138,7 +138,9 @@ def predict(options: argparse.Namespace) -> None:
 
 def _lines(model: Any, items: list[tuple[str, Any]]) -> list[str]:
     """What is printed of each item, one line however many its text has."""
-    names = [" ".join(_name(place, item).split()) for place, item in items]
+    from selfsup.readable import name_of
+
+    names = [" ".join(name_of(place, item).split()) for place, item in items]
     values = [item for _, item in items]
     if "anomaly" in model.values:
         from selfsup.evaluation.anomaly import line
@@ -159,13 +161,6 @@ def _lines(model: Any, items: list[tuple[str, Any]]) -> list[str]:
     return lines
 
 
-def _name(place: str, item: Any) -> str:
-    """What people call an item: a text itself, anything else by its place."""
-    if isinstance(item, tuple):
-        return " | ".join(item)
-    return item if isinstance(item, str) else place
-
-
 def _usable(model: Any, items: list[tuple[str, Any]], source: str) -> list[tuple[str, Any]]:
     """The items but for those that cannot be read, which are counted and named.
 
@@ -173,7 +168,7 @@ def _usable(model: Any, items: list[tuple[str, Any]], source: str) -> list[tuple
         DataError: too many cannot.
     """
     from selfsup.data.bad_items import BadItems
-    from selfsup.vector_parts import refusals
+    from selfsup.readable import refusals
 
     reasons = refusals(model, [item for _, item in items])
     bad = BadItems(source)

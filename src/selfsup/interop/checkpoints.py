@@ -16,7 +16,7 @@ from torch import Tensor
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.interop import tokenizers as tokens
 from selfsup.interop.configurations import family_of
-from selfsup.interop.families import Family
+from selfsup.interop.family import Family
 from selfsup.training.checkpoint import load_tensors
 
 WEIGHTS = "model.safetensors"

@@ -17,8 +17,8 @@ from selfsup.interop.families import (
     GPT_NEOX,
     ROBERTA,
     SWITCH,
-    Family,
 )
+from selfsup.interop.family import Family
 
 
 def facts(config: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from selfsup.errors import ConfigError
 from selfsup.files import whole_folder, write_json
 from selfsup.interop import adapters, weights
 from selfsup.interop.configurations import chosen, skipped
-from selfsup.interop.families import Family
+from selfsup.interop.family import Family
 from selfsup.model import Model
 from selfsup.model_folder import find_base, load_model, read_folder
 from selfsup.objective import Task

@@ -17,7 +17,7 @@ from selfsup.config import from_mapping, to_mapping
 from selfsup.errors import CheckpointError, ConfigError
 from selfsup.interop import adapters, weights
 from selfsup.interop.checkpoints import PICKLED
-from selfsup.interop.families import Family
+from selfsup.interop.family import Family
 from selfsup.interop.peft import (
     CONFIG,
     HEADS,

@@ -26,7 +26,7 @@ from selfsup.interop import maps, weights
 from selfsup.interop import tokenizers as tokens
 from selfsup.interop.checkpoints import WEIGHTS, Checkpoint, fetched, read_folder
 from selfsup.interop.configurations import chosen, read_config, skipped, write_config
-from selfsup.interop.families import Family, Head
+from selfsup.interop.family import Family, Head
 from selfsup.model import Model
 from selfsup.model_folder import HEADS, SLACK, kept_weights, load_model, save_model
 from selfsup.objective import Objective

@@ -11,9 +11,10 @@ from selfsup.errors import CheckpointError, ConfigError, DataError, StorageError
 from selfsup.files import remove_folder
 from selfsup.model import Model
 from selfsup.model_folder import load_model
+from selfsup.readable import name_of
 from selfsup.vector_files import write_npy, write_parquet
 from selfsup.vector_index import Found, Recall, VectorIndex, write_index
-from selfsup.vector_parts import VectorForm, make_parts, name_of
+from selfsup.vector_parts import VectorForm, make_parts
 from selfsup.vector_search import Kind, check_kind
 from selfsup.workers import Engine, Workers
 
