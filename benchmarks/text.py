@@ -1,7 +1,7 @@
 """Text: pre-training steps against `transformers`, tokenization against bare `tokenizers`.
 
 Both sides of a ratio have the same shape, batch, precision and threads; each is warmed up, then
-timed by turns, and the best of three is taken.
+timed by turns, and the best of five is taken.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How two things are compared: timed by turns in one run, the best of three turns of each."""
+"""How two things are compared: timed by turns in one run, the best of five turns of each."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class NotMeasuredError(Exception):
 def best_rates(
     ours: Callable[[], float], peer: Callable[[], float], amount: float
 ) -> tuple[float, float]:
-    """Amount per second of both: best of three turns after one to warm up.
+    """Amount per second of both: best of five turns after one to warm up.
 
     Args:
         ours: takes one turn and gives its seconds per step.
@@ -37,7 +37,7 @@ def best_rates(
         raise NotMeasuredError(
             f"a step takes {warming[0]:.0f} s here, the peer's {warming[1]:.0f} s"
         )
-    turns = [(ours(), peer()) for _ in range(3)]
+    turns = [(ours(), peer()) for _ in range(5)]
     return amount / min(turn[0] for turn in turns), amount / min(turn[1] for turn in turns)
 
 

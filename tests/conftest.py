@@ -42,7 +42,7 @@ dropout = 0.05
 [method]
 name = "masked_language"
 [training]
-steps = 160
+steps = 240
 batch_size = 16
 lr = 1e-2
 log_every = 5

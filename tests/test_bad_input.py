@@ -185,9 +185,9 @@ def test_changes_of_the_training_are_said(selfsup, corpus, copied):
     answer = selfsup(*begin)
     assert answer.code == 0, answer.err
     assert "other settings" not in answer.err
-    answer = selfsup(*begin, "--set", "training.steps=161", "training.seed=5")
+    answer = selfsup(*begin, "--set", "training.steps=241", "training.seed=5")
     assert answer.code == 0, answer.err
-    assert "was begun with: seed = 0, now 5, steps = 160, now 161\n" in answer.err
+    assert "was begun with: seed = 0, now 5, steps = 240, now 241\n" in answer.err
 
 
 def test_resume_with_other_data_or_another_recipe(refused, corpus, copied, tuned_run):
@@ -237,7 +237,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(selfsup, corpus, copied):
     assert answer.code == 0
     assert f"{newest}: weights.safetensors is damaged (its sha256 differs)" in answer.err
     assert "using the one before it" in answer.err
-    assert f"resuming {copied} at step 120" in answer.err
+    assert f"resuming {copied} at step 180" in answer.err
     assert (copied / "metrics.jsonl").read_bytes() == expected
     assert "DAMAGED" not in selfsup("doctor", copied).out
 

@@ -38,10 +38,10 @@ def test_pretraining_leaves_the_public_format(masked_run):
         *("config.toml", "model.safetensors", "tokenizer.json", "preprocessor.toml")
     }
     assert [p.name for p in checkpoint_paths(masked_run / "checkpoints")] == [
-        *("step-00000120", "step-00000160")
+        *("step-00000180", "step-00000240")
     ]
     values = tomllib.loads((masked_run / "run.toml").read_text())
-    assert values["training"]["steps"] == 160
+    assert values["training"]["steps"] == 240
     assert values["method"] == {
         "name": "masked_language",
         "mask_rate": 0.15,
@@ -62,12 +62,12 @@ def test_pretraining_learns_and_logs(masked_run):
     found = rows(masked_run)
     train = [row for row in found if row["split"] == "train"]
     valid = [row for row in found if row["split"] == "valid"]
-    assert [row["step"] for row in train] == list(range(5, 161, 5))
-    assert [row["step"] for row in valid] == [0, 80, 160]
+    assert [row["step"] for row in train] == list(range(5, 241, 5))
+    assert [row["step"] for row in valid] == [0, 120, 240]
     facts = tomllib.loads((masked_run / "run.toml").read_text())["facts"]
     assert valid[-1]["loss"] < facts["unigram_entropy"] - 0.3  # words agree: context tells
     assert {"loss", "mlm_accuracy", "gradient_norm", "lr", "tokens", "skipped"} <= train[0].keys()
-    assert train[-1]["tokens"] == 160 * 16 * 16
+    assert train[-1]["tokens"] == 240 * 16 * 16
     speed = rows(masked_run, "speed.jsonl")
     assert [row["step"] for row in speed] == [row["step"] for row in train]
     assert all(row["tokens_per_second"] > 0 for row in speed)
@@ -172,7 +172,7 @@ def test_compare_report_and_doctor(selfsup, masked_run, corpus, tmp_path):
 
     answer = selfsup("doctor", run)
     assert answer.code == 0
-    assert "step-00000160  whole, step 160" in answer.out
+    assert "step-00000240  whole, step 240" in answer.out
     assert "model          loads" in answer.out
 
 

@@ -39,13 +39,13 @@ def test_a_whole_run(run):
         "readable, sections recipe, data, model, method, training"
     )
     assert found == {
-        "step-00000120": "whole, step 120",
-        "step-00000160": "whole, step 160",
+        "step-00000180": "whole, step 180",
+        "step-00000240": "whole, step 240",
         "metrics.jsonl": f"{rows[0]} rows",
         "speed.jsonl": f"{rows[1]} rows",
         "model": "loads",
     }
-    assert newest.name == "step-00000160"
+    assert newest.name == "step-00000240"
 
 
 @pytest.mark.parametrize("change", ["cut", "emptied", "removed"])
@@ -59,9 +59,9 @@ def test_a_whole_run(run):
         ("model/config.toml", "model"),
         ("model/model.safetensors", "model"),
         ("model/tokenizer.json", "model"),
-        ("checkpoints/step-00000120/best.safetensors", "step-00000120"),
-        ("checkpoints/step-00000160/weights.safetensors", "step-00000160"),
-        ("checkpoints/step-00000160/manifest.json", "step-00000160"),
+        ("checkpoints/step-00000180/best.safetensors", "step-00000180"),
+        ("checkpoints/step-00000240/weights.safetensors", "step-00000240"),
+        ("checkpoints/step-00000240/manifest.json", "step-00000240"),
     ],
 )
 def test_every_damaged_file_is_named(run, selfsup, change, file, name):
@@ -72,7 +72,7 @@ def test_every_damaged_file_is_named(run, selfsup, change, file, name):
     path.write_bytes(content[: len(content) // 2] if change == "cut" else b"")
     if change == "removed":
         path.unlink()
-    if change == "removed" and name in ("fills.json", "step-00000120"):
+    if change == "removed" and name in ("fills.json", "step-00000180"):
         assert damage(run) == {}
         return
     (found,) = damage(run).items()
@@ -102,7 +102,7 @@ def test_several_damages_are_all_named_and_counted(run, selfsup):
         (lambda rows: [*rows[:2], rows[0], *rows[3:]], ":3: step 0 comes after 0"),
         (lambda rows: [*rows[:2], {"split": "train"}, *rows[3:]], ":3: a row without a step"),
         (lambda rows: [rows[0], {**rows[1], "loss": float("nan")}, *rows[2:]], ":2: loss is not"),
-        (lambda rows: [*rows[:-1], {**rows[-1], "step": 170}], "and the checkpoint is of 160"),
+        (lambda rows: [*rows[:-1], {**rows[-1], "step": 250}], "and the checkpoint is of 240"),
         (lambda rows: rows[:-1], "shorter than the checkpoint says"),
     ],
 )
@@ -139,7 +139,7 @@ def rehash(path: Path) -> None:
 def test_rows_after_the_checkpoint_are_no_damage(run):
     """A run that was killed, even in the middle of a row."""
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 165, "spl')
+        file.write(b'{"step": 245, "spl')
     assert damage(run) == {}
     assert (
         "18 bytes after the newest checkpoint, which --resume makes again"
@@ -149,13 +149,13 @@ def test_rows_after_the_checkpoint_are_no_damage(run):
 
 def test_files_of_different_runs_put_together(run):
     path = checkpoint_paths(run / "checkpoints")[-1]
-    path.rename(path.with_name("step-00000150"))
-    assert "state.json is of step 160" in damage(run)["step-00000150"]
-    path.with_name("step-00000150").rename(path)
+    path.rename(path.with_name("step-00000230"))
+    assert "state.json is of step 240" in damage(run)["step-00000230"]
+    path.with_name("step-00000230").rename(path)
     tensors = load_tensors(path / "optimizer.safetensors")
     save_tensors(path / "optimizer.safetensors", {f"other.{k}": v for k, v in tensors.items()})
     rehash(path)
-    assert "is of no weight" in damage(run)["step-00000160"]
+    assert "is of no weight" in damage(run)["step-00000240"]
 
 
 def test_what_is_left_over_is_named(run):

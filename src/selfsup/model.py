@@ -87,12 +87,11 @@ class Model:
         out = np.empty((len(items), self.encoder.dim), dtype=np.float32)
         for numbers, batch in self._batches(items, batch_size):
             with self._inference():
-                features = self.encoder(batch)
-            pooled = (
-                features.pooled
-                if layer is None
-                else masked_mean(features.hidden[layer], features.mask)
-            )
+                if layer is None:
+                    pooled = self.encoder.pooled(batch)
+                else:
+                    features = self.encoder(batch)
+                    pooled = masked_mean(features.hidden[layer], features.mask)
             out[numbers] = pooled.float().cpu().numpy()
         return out
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 import subprocess
 import sys
@@ -334,6 +335,38 @@ def test_absent_segments_mean_sentence_a():
 
 
 # Precision and compilation
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("positions", [*POSITIONS, "relative"])
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [
+        *itertools.product([{}, {"experts": 2}], ["mean", "cls", "last", "bert"]),
+        *itertools.product([{"norm": "pre", "causal": True}], ["mean", "last"]),
+    ],
+)
+def test_a_last_layer_of_some_slots_gives_what_the_whole_one_gives(
+    config, positions, pooling, side
+):
+    encoder = build(replace(SMALL, positions=positions, pooling=pooling, **config))
+    batch = {"tokens": random_tokens(2, 7)}
+    if side is not None:
+        batch = pad([random_tokens(7), random_tokens(3)], side)
+    slots = torch.tensor([[5, 0, 6], [3, 6, 0]])
+    whole, some = encoder(batch), encoder(batch, slots=slots)
+    close(some.last, whole.last.take_along_dim(slots.unsqueeze(2), 1))
+    assert torch.equal(some.mask, whole.mask.gather(1, slots))
+    close(encoder.pooled(batch), whole.pooled)
+
+
+def test_a_last_layer_of_some_slots_gives_the_same_gradients():
+    whole, some = build(SMALL), build(SMALL)
+    tokens, slots = random_tokens(2, 7), torch.tensor([[5, 0], [3, 6]])
+    whole({"tokens": tokens}).last.take_along_dim(slots.unsqueeze(2), 1).square().sum().backward()
+    some({"tokens": tokens}, slots=slots).last.square().sum().backward()
+    for (name, one), other in zip(whole.named_parameters(), some.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -205,7 +205,8 @@ def test_the_last_answer_is_the_full_models(pooling):
     answers, layers = task.exits.leave(task.encoder, batch, task.head)
     assert layers.tolist() == [LAYERS] * 9
     assert torch.equal(answers, plain.read(plain.encoder(batch)))
-    assert torch.equal(task.predict(batch).scores, plain.predict(batch).scores)
+    scores = task.predict(batch).scores, plain.predict(batch).scores
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-6)  # another order of sums
 
 
 @pytest.mark.parametrize(

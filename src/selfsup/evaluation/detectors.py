@@ -197,7 +197,7 @@ def all_scores(
 
 def _pooled(model: Model) -> Callable[[Batch], Tensor]:
     """The encoder's vectors, in float32 as all scores are."""
-    return lambda batch: model.encoder(to_device(batch, model.device)).pooled
+    return lambda batch: model.encoder.pooled(to_device(batch, model.device))
 
 
 def normal_label(names: Sequence[str], given: str | None, learned: str) -> str:

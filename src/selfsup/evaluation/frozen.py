@@ -20,7 +20,7 @@ from selfsup.evaluation.metrics import spearman
 from selfsup.evaluation.probes import fit_linear_probe, ridge_probe
 from selfsup.evaluation.similarity import knn_accuracy
 from selfsup.model import Model
-from selfsup.models.encoder import Encoder, Features, masked_mean
+from selfsup.models.encoder import Encoder, masked_mean
 from selfsup.objective import Objective
 from selfsup.randomness import Order
 from selfsup.training.device import autocast, pick_dtype, to_device
@@ -104,20 +104,21 @@ def extract(
 
 def pooled_features(encoder: Encoder, device: torch.device) -> Callable[[Batch], Tensor]:
     """A function for `extract`: the encoder's pooled vector, in evaluation mode."""
-    return _reader(encoder, device, lambda features: features.pooled)
+    return _reader(encoder, device, encoder.pooled)
 
 
 def layer_features(encoder: Encoder, device: torch.device) -> Callable[[Batch], Tensor]:
     """A function for `extract`: each layer's mean over real positions, (batch, layer, dim)."""
 
-    def means(features: Features) -> Tensor:
+    def means(batch: Batch) -> Tensor:
+        features = encoder(batch)
         return torch.stack([masked_mean(layer, features.mask) for layer in features.hidden], 1)
 
     return _reader(encoder, device, means)
 
 
 def _reader(
-    encoder: Encoder, device: torch.device, take: Callable[[Features], Tensor]
+    encoder: Encoder, device: torch.device, take: Callable[[Batch], Tensor]
 ) -> Callable[[Batch], Tensor]:
     dtype = pick_dtype("auto", device)
 
@@ -125,7 +126,7 @@ def _reader(
         training = encoder.training
         encoder.eval()
         with autocast(device, dtype):
-            taken = take(encoder(to_device(batch, device)))
+            taken = take(to_device(batch, device))
         encoder.train(training)
         return taken
 

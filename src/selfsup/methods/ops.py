@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from selfsup.batch import Batch
 from selfsup.models.batch_norm import BatchNorm
 from selfsup.models.encoder import Features
 from selfsup.objective import Output
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def projection_head(
@@ -37,7 +40,7 @@ def projection_head(
     return nn.Sequential(*layers)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: AnyModule) -> AnyModule:
     """The same module, out of the optimizer's reach: a teacher."""
     return module.requires_grad_(False)
 

@@ -5,7 +5,8 @@ Relative positions enter as a learned number for each head and distance (T5, Raf
 arXiv 1910.10683, section 2.1).
 
 Axes: batch; time: tokens of a row; read: those and the ones before them in a cache, and in front of
-all a tuning's learned ones; source: tokens that a decoder's encoder has read; heads; head_dim.
+all a tuning's learned ones; kept: those of time whose outputs are wanted, mostly all; source:
+tokens that a decoder's encoder has read; heads; head_dim.
 """
 
 import math
@@ -40,10 +41,10 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> Float[Tensor, "batch time dim"]:
+    ) -> Float[Tensor, "batch kept dim"]:
         """Mixes the positions that `view` allows; `layer` is the place in the cache."""
         if self.heads == 0:
-            return self.out(x[..., :0])
+            return self.out(view.wanted(x)[..., :0])
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (batch, time, 3, heads, head_dim)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, batch, heads, time, head_dim)
         queries, keys, values = qkv
@@ -57,8 +58,8 @@ class Attention(nn.Module):
         if self.kept is not None and allowed is not None:
             allowed = allowed[:, self.kept]
         rate = self.dropout if self.training else 0.0
-        mixed = mix(queries, keys, values, allowed, view.causal, rate)
-        return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, time, dim)
+        mixed = mix(view.wanted(queries), keys, values, allowed, view.causal, rate)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (batch, kept, dim)
 
 
 def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:

@@ -88,22 +88,24 @@ class Block(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> tuple[Float[Tensor, "batch time dim"], Routing | None]:
-        """One layer, and where its experts' tokens went."""
+    ) -> tuple[Float[Tensor, "batch kept dim"], Routing | None]:
+        """One layer, at the slots that `view` wants, and where its experts' tokens went."""
         x = self.attend(x, view, layer)
-        y = self.feedforward_norm(x) if self.pre else x
+        y = self._entering(x, self.feedforward_norm)
         y, routing = self.feedforward(y, view.real) if self.routed else (self.feedforward(y), None)
-        x = x + self.dropout(y)
-        return x if self.pre else self.feedforward_norm(x), routing
+        return self._added(x, y, self.feedforward_norm), routing
 
     def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
         """The first half."""
-        return self._residual(x, self.attention_norm, lambda y: self.attention(y, view, layer))
+        y = self.attention(self._entering(x, self.attention_norm), view, layer)
+        return self._added(view.wanted(x), y, self.attention_norm)
 
-    def _residual(self, x: Tensor, norm: nn.Module, part: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.pre:
-            return x + self.dropout(part(norm(x)))
-        return norm(x + self.dropout(part(x)))
+    def _entering(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x) if self.pre else x
+
+    def _added(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        x = x + self.dropout(y)
+        return x if self.pre else norm(x)
 
 
 class DecoderBlock(Block):
@@ -117,4 +119,5 @@ class DecoderBlock(Block):
     def attend(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Self-attention, then attention to the source."""
         x = super().attend(x, view, layer)
-        return self._residual(x, self.cross_norm, lambda y: self.cross(y, view, layer))
+        y = self.cross(self._entering(x, self.cross_norm), view, layer)
+        return self._added(x, y, self.cross_norm)

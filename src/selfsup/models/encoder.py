@@ -57,6 +57,10 @@ class Encoder(nn.Module):
         """Encodes one batch."""
         raise TypeError(f"{type(self).__name__} does not define forward")
 
+    def pooled(self, batch: Batch) -> Float[Tensor, "batch dim"]:
+        """`Features.pooled` alone: an encoder may leave out what it does not need for it."""
+        return self(batch).pooled
+
 
 def masked_mean(
     hidden: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"]

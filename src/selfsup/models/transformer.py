@@ -101,6 +101,7 @@ class TransformerEncoder(Encoder):
         vectors: Tensor | None = None,
         memory: Memory | None = None,
         causal: bool | None = None,
+        slots: Int[Tensor, "batch kept"] | None = None,
     ) -> Features:
         """Encodes one batch.
 
@@ -111,23 +112,38 @@ class TransformerEncoder(Encoder):
                 that hides positions puts its mask vector there.
             memory: for a decoder: what its encoder has read.
             causal: whether to hide the future in this call; None: as configured.
+            slots: where the last layer's output is wanted: it is computed there alone, and `last`,
+                `mask` and `pooled` are of these; None: everywhere.
 
         Raises:
             DataError: rows longer than the learned positions, or a cache with packed rows.
             ConfigError: a cache for a bidirectional model.
         """
         x, view, mask = self.begin(batch, cache, vectors, memory, causal)
-        hidden, routings = [x], []
+        skip, hidden, routings = view.num_prompt, [], []
         for layer in range(self.num_layers):
+            hidden.append(x[:, skip:] if skip else x)
+            if slots is not None and layer == self.num_layers - 1 and not self.has_penalty:
+                view = view.narrowed(slots + skip, x.shape[1])
             x, routing = self.step(x, view, layer)
-            hidden.append(x)
             if routing is not None:
                 routings.append(routing)
-        hidden[-1] = self.end(x)
-        if view.num_prompt:
-            hidden, mask = [x[:, view.num_prompt :] for x in hidden], mask[:, view.num_prompt :]
+        x = self.end(x)
+        if slots is not None:
+            mask = mask.gather(1, slots + skip)
+            x = x if view.slots is not None else x.take_along_dim((slots + skip).unsqueeze(2), 1)
+        elif skip:
+            x, mask = x[:, skip:], mask[:, skip:]
         penalty, metrics = summed(routings, self.config.balance_weight)
-        return Features(tuple(hidden), mask, self.pool(hidden[-1], mask), penalty, metrics)
+        return Features((*hidden, x), mask, self.pool(x, mask), penalty, metrics)
+
+    def pooled(self, batch: Batch) -> Float[Tensor, "batch dim"]:
+        """One vector of each row; where one slot gives it, the last layer leaves out the others."""
+        if self.config.pooling == "mean":
+            return self(batch).pooled
+        vectors, real = self.embedding.vectors(batch), self.embedding.real(batch)
+        mask = vectors.new_ones(vectors.shape[:2], dtype=torch.bool) if real is None else real
+        return self(batch, vectors=vectors, slots=self._pooled_slot(mask).unsqueeze(1)).pooled
 
     def begin(
         self,
@@ -185,11 +201,11 @@ class TransformerEncoder(Encoder):
 
     def step(
         self, x: Float[Tensor, "batch time dim"], view: View, layer: int
-    ) -> tuple[Float[Tensor, "batch time dim"], Routing | None]:
+    ) -> tuple[Float[Tensor, "batch kept dim"], Routing | None]:
         """One layer, from 0 to `num_layers` - 1, and where its experts' tokens went."""
         return self.layers[layer % len(self.layers)](x, view, layer)
 
-    def end(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
+    def end(self, x: Float[Tensor, "batch kept dim"]) -> Float[Tensor, "batch kept dim"]:
         """What heads read of the last layer's output."""
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -222,13 +238,15 @@ class TransformerEncoder(Encoder):
         """One vector of each row, as `pooling` says."""
         if self.config.pooling == "mean":
             return masked_mean(x, mask)
+        row = x[torch.arange(len(x), device=x.device), self._pooled_slot(mask)]  # (batch, dim)
+        return row if self.pooler is None else torch.tanh(self.pooler(row))
+
+    def _pooled_slot(self, mask: Bool[Tensor, "batch time"]) -> Int[Tensor, " batch"]:
+        """The first real one, or the last."""
         slot = torch.arange(mask.shape[1], device=mask.device)
         if self.config.pooling == "last":
-            chosen = torch.where(mask, slot, 0).amax(1)  # (batch,)
-        else:
-            chosen = torch.where(mask, slot, mask.shape[1] - 1).amin(1)  # (batch,)
-        row = x[torch.arange(len(x), device=x.device), chosen]  # (batch, dim)
-        return row if self.pooler is None else torch.tanh(self.pooler(row))
+            return torch.where(mask, slot, 0).amax(1)
+        return torch.where(mask, slot, mask.shape[1] - 1).amin(1)
 
 
 def build_embedding(config: Config, spec: Spec) -> InputEmbedding:

@@ -135,6 +135,22 @@ class View(NamedTuple):
     memory: Memory | None = None
     prefix: Prefix | None = None  # `allowed` has its slots in front
     num_prompt: int = 0  # learned vectors before each row's items
+    slots: Int[Tensor, "batch kept"] | None = None  # whose outputs are wanted; None: all
+
+    def narrowed(self, slots: Int[Tensor, "batch kept"], time: int) -> "View":
+        """The view of a layer of which only these of `time` slots are wanted."""
+        allowed = past(time, time, slots.device) if self.causal else self.allowed
+        if allowed is not None:
+            allowed = allowed[(None,) * (4 - allowed.dim())]  # (1 or batch, 1 or heads, time, read)
+            allowed = allowed.take_along_dim(slots[:, None, :, None], 2)
+        return self._replace(allowed=allowed, causal=False, slots=slots)
+
+    def wanted(self, x: Float[Tensor, "*batch time dim"]) -> Float[Tensor, "*batch kept dim"]:
+        """What lies at `slots`."""
+        if self.slots is None:
+            return x
+        slots = self.slots if x.dim() == 3 else self.slots.unsqueeze(1)
+        return x.take_along_dim(slots.unsqueeze(-1), -2)
 
 
 def repacked(

@@ -80,7 +80,7 @@ class Classification(Task):
         """Cross entropy of `label` (batch,) int64; `generator` is not used."""
         label = batch["label"]
         if self.exits is None:
-            loss, accuracy = classification_loss(self.read(self.encoder(batch)), label)
+            loss, accuracy = classification_loss(self._logits(batch), label)
         else:
             loss, logits = self.exits.loss(
                 self, batch, self.head, lambda logits: classification_loss(logits, label)[0]
@@ -100,13 +100,18 @@ class Classification(Task):
         if training:
             self.eval()
         if self.exits is None:
-            logits = self.read(self.encoder(batch))
+            logits = self._logits(batch)
         else:
             logits, _ = self.exits.leave(self.encoder, batch, self.head)
         if training:
             self.train()
         scores = logits.softmax(-1)
         return Predictions(scores.argmax(-1), scores)
+
+    def _logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:
+        if self.config.pooling == "encoder":
+            return self.head(self.dropout(self.encoder.pooled(batch))).float()
+        return self.read(self.encoder(batch))
 
     def read(self, features: Features) -> Float[Tensor, "batch classes"]:
         """Logits, float32, of what the encoder gave."""

@@ -195,6 +195,4 @@ class Cloze(Task):
         first = (tokens == self.encoder.spec.mask).int().argmax(1, keepdim=True)  # (rows, 1)
         slot = torch.arange(batch["verbalizers"].shape[1], device=tokens.device)
         place = first + slot - int(self.config.predicts_next)  # (rows, slots)
-        hidden = self.encoder(batch).last
-        hidden = hidden.gather(1, place.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self.head(hidden, self.encoder.embedding).float()
+        return self.head(self.encoder(batch, slots=place).last, self.encoder.embedding).float()

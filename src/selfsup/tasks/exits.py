@@ -196,8 +196,12 @@ class Exits(nn.Module):
         """
         inner, limits = self._layers_of(encoder), self._limits()
         if self._never(limits):
-            features = encoder(batch)
-            answers = last(self._vector(inner, features.last, features.mask)).float()
+            if self.pooling == "encoder":
+                vector = encoder.pooled(batch)
+            else:
+                features = encoder(batch)
+                vector = self._vector(inner, features.last, features.mask)
+            answers = last(vector).float()
             return answers, _layers(answers, inner.num_layers)
         x, view, mask = inner.begin(batch)
         answers = x.new_empty((len(x), self.outputs), dtype=torch.float32)

@@ -120,7 +120,7 @@ class Regression(Task):
         label = batch["label"]
         scale = self.head.mean, self.head.std
         if self.exits is None:
-            loss, error = regression_loss(self.read(self.encoder(batch)), label, *scale)
+            loss, error = regression_loss(self._answer(batch), label, *scale)
         else:
             loss, answer = self.exits.loss(
                 self,
@@ -143,7 +143,7 @@ class Regression(Task):
         if training:
             self.eval()
         if self.exits is None:
-            standardised = self.read(self.encoder(batch))
+            standardised = self._answer(batch)
         else:
             answer, _ = self.exits.leave(self.encoder, batch, self.head.linear)
             standardised = answer.squeeze(1)
@@ -151,6 +151,11 @@ class Regression(Task):
             self.train()
         values = self.head.mean + self.head.std * standardised
         return Predictions(values, values)
+
+    def _answer(self, batch: Batch) -> Float[Tensor, " batch"]:
+        if self.config.pooling == "encoder":
+            return self.head(self.dropout(self.encoder.pooled(batch))).float()
+        return self.read(self.encoder(batch))
 
     def read(self, features: Features) -> Float[Tensor, " batch"]:
         """Standardised labels, float32, of what the encoder gave."""

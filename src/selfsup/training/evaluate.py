@@ -49,7 +49,7 @@ def evaluate(
             sums[name] = sums.get(name, 0.0) + float(value) * weight
         total += weight
         if number == 0 and len(batch["index"]) >= 8:
-            pooled = objective.encoder(batch).pooled
+            pooled = objective.encoder.pooled(batch)
             health = {
                 "effective_rank": float(guard.effective_rank(pooled)),
                 "spread": float(guard.spread(pooled)),

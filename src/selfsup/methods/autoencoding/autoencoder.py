@@ -125,4 +125,4 @@ class Autoencoder(Objective):
         return squared_errors(self._rebuild(batch), target(batch, self.spec))
 
     def _rebuild(self, batch: Batch) -> Tensor:
-        return self.decoder(self.encoder(batch).pooled)
+        return self.decoder(self.encoder.pooled(batch))

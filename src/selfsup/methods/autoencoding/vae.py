@@ -152,7 +152,7 @@ class VAE(Objective):
         self, batch: Batch
     ) -> tuple[Float[Tensor, "batch latent"], Float[Tensor, "batch latent"]]:
         """Mean and log variance of each input's code, float32."""
-        pooled = self.encoder(batch).pooled
+        pooled = self.encoder.pooled(batch)
         return self.mean(pooled).float(), self.log_variance(pooled).float()
 
     @torch.no_grad()

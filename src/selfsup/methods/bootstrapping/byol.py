@@ -110,7 +110,7 @@ class BYOL(Objective):
         if self.training and size * ranks.count() < 2:
             raise ConfigError("byol normalises over the batch: training.batch_size >= 2")
         views = view_pair(batch["image"], config.views_a, config.views_b, generator)
-        online = [self.projector(self.encoder({"image": view}).pooled) for view in views]
+        online = [self.projector(self.encoder.pooled({"image": view})) for view in views]
         first, second = (self.predictor(projection) for projection in online)
         targets = [self._target(view) for view in views]
         loss = regression_loss(first, targets[1]) + regression_loss(second, targets[0])
@@ -129,4 +129,4 @@ class BYOL(Objective):
 
     @torch.no_grad()
     def _target(self, view: Tensor) -> Tensor:
-        return self.teacher_projector(self.teacher_encoder({"image": view}).pooled)
+        return self.teacher_projector(self.teacher_encoder.pooled({"image": view}))

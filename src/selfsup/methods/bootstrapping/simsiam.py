@@ -89,7 +89,7 @@ class SimSiam(Objective):
         if self.training and size * ranks.count() < 2:
             raise ConfigError("simsiam normalises over the batch: training.batch_size >= 2")
         views = view_pair(batch["image"], self.config.views, self.config.views, generator)
-        first, second = (self.projector(self.encoder({"image": view}).pooled) for view in views)
+        first, second = (self.projector(self.encoder.pooled({"image": view})) for view in views)
         forth = negative_cosine(self.predictor(first), second)
         back = negative_cosine(self.predictor(second), first)
         metrics = {"target_deviation": target_deviation(torch.cat([first, second]))}

@@ -149,11 +149,11 @@ class MoCo(Objective):
         self.new_keys.clear()
 
     def _query(self, view: Tensor) -> Tensor:
-        return self.head(self.encoder({"image": view}).pooled)
+        return self.head(self.encoder.pooled({"image": view}))
 
     @torch.no_grad()
     def _keys(self, view: Tensor) -> Tensor:
-        key = self.teacher_head(self.teacher_encoder({"image": view}).pooled)
+        key = self.teacher_head(self.teacher_encoder.pooled({"image": view}))
         return F.normalize(key.float(), dim=1)
 
     def _remember(self, key: Tensor) -> None:

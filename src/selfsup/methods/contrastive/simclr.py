@@ -87,7 +87,7 @@ class SimCLR(Objective):
         if size * ranks.count() < 2:
             raise ConfigError("simclr takes its negatives from the batch: training.batch_size >= 2")
         views = view_pair(batch["image"], self.config.views, self.config.views, generator)
-        projected = self.head(self.encoder({"image": torch.cat(views)}).pooled)
+        projected = self.head(self.encoder.pooled({"image": torch.cat(views)}))
         first, second = projected.chunk(2)
         loss, accuracy = nt_xent(first, second, self.config.temperature)
         metrics = {"found": accuracy}

@@ -154,11 +154,10 @@ class GPTBERT(Objective):
         corrupted = disguised(
             tokens, chosen, self.vocabulary.mask, self.ordinary, shares, generator
         )
-        features = self.encoder({**batch, "tokens": corrupted})
         real, place = chosen.long().topk(max(1, math.ceil(rate * tokens.shape[1])))  # (batch, slot)
-        before = (place - 1).clamp(min=0).unsqueeze(-1).expand(-1, -1, self.encoder.dim)
-        hidden = features.last.gather(1, before)
-        return *self._compare(hidden, tokens.gather(1, place), real > 0), features
+        before = (place - 1).clamp(min=0)
+        features = self.encoder({**batch, "tokens": corrupted}, slots=before)
+        return *self._compare(features.last, tokens.gather(1, place), real > 0), features
 
     def _compare(
         self,

@@ -235,9 +235,13 @@ class MaskedLanguage(Objective):
         corrupted = corrupt(
             tokens, chosen, self.config, self.vocabulary.mask, self.ordinary, generator
         )
-        features = self.encoder({**batch, "tokens": corrupted})
-        place = chosen.positions.unsqueeze(-1).expand(-1, -1, self.encoder.dim)
-        hidden = features.last.gather(1, place)  # (batch, slot, dim)
+        batch = {**batch, "tokens": corrupted}
+        if label is None:
+            features = self.encoder(batch, slots=chosen.positions)
+            hidden = features.last  # (batch, slot, dim)
+        else:  # reads `pooled` as well
+            features = self.encoder(batch)
+            hidden = features.last.take_along_dim(chosen.positions.unsqueeze(2), 1)
         loss, accuracy = mean_surprisal(
             self.head.project(hidden, self.encoder.embedding),
             tokens.gather(1, chosen.positions),

@@ -179,7 +179,7 @@ class ContextPrediction(Objective):
         place = torch.randint(NUM_PLACES, image.shape[:1], generator=generator, device=image.device)
         corners = draw_corners(self.grid, place, generator)
         patches = torch.cat([cut(image, corner, self.grid.patch) for corner in corners])
-        pooled = self.encoder({"image": self._hidden_colours(patches, generator)}).pooled
+        pooled = self.encoder.pooled({"image": self._hidden_colours(patches, generator)})
         logits = self.head(torch.cat(pooled.chunk(2), 1)).float()  # (batch, place)
         accuracy = (logits.detach().argmax(1) == place).float().mean()
         return Output(F.cross_entropy(logits, place), len(image), {"accuracy": accuracy})

@@ -168,7 +168,7 @@ class DeepCluster(Objective):
         """One view, one forward pass, cross entropy of the picture's cluster."""
         cluster = self._clusters(batch)
         view = augment(batch["image"], self.config.views, generator)
-        logits = self.head(self.encoder({"image": view}).pooled)
+        logits = self.head(self.encoder.pooled({"image": view}))
         loss = balanced_cross_entropy(logits, cluster, cluster_weights(self.sizes))
         metrics = {
             "accuracy": (logits.detach().argmax(1) == cluster).float().mean(),
@@ -205,7 +205,7 @@ class DeepCluster(Objective):
     def _features(self, batch: Batch) -> Tensor:
         """(batch, dim) features of unchanged pictures, as at the last `refresh`."""
         with torch.autocast(batch["image"].device.type, enabled=False):  # or labels would differ
-            return self.past_encoder.eval()(batch).pooled.float()
+            return self.past_encoder.eval().pooled(batch).float()
 
     def _whitened(self, features: Tensor) -> Tensor:
         """Features (items, dim) where clusters are: (items, width) unit vectors."""

@@ -232,9 +232,8 @@ class ReplacedToken(Objective):
             chosen.real, self.vocabulary.mask, tokens.gather(1, chosen.positions)
         )  # (batch, slot)
         masked = tokens.scatter(1, chosen.positions, shown)
-        hidden = self.generator({**batch, "tokens": masked}).last
-        place = chosen.positions.unsqueeze(-1).expand(-1, -1, self.generator.dim)
-        return self.generator_head(hidden.gather(1, place), self.encoder.embedding)
+        hidden = self.generator({**batch, "tokens": masked}, slots=chosen.positions).last
+        return self.generator_head(hidden, self.encoder.embedding)
 
 
 def _share_tables(generator: TransformerEncoder, encoder: TransformerEncoder) -> None:

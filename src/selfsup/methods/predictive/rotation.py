@@ -87,7 +87,7 @@ class Rotation(Objective):
         view = augment(batch["image"], self.config.views, generator)
         turns = self._turns(view, generator)
         turned = rotate(view.repeat(self.config.rotations_per_image, 1, 1, 1), turns)
-        logits = self.head(self.encoder({"image": turned}).pooled)
+        logits = self.head(self.encoder.pooled({"image": turned}))
         loss, accuracy = rotation_loss(logits, turns)
         return Output(loss, len(view), {"accuracy": accuracy})
 

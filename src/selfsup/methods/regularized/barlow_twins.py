@@ -109,7 +109,7 @@ class BarlowTwins(Objective):
                 "barlow_twins correlates over the examples of a batch: training.batch_size >= 2"
             )
         views = view_pair(image, config.views_a, config.views_b, generator)
-        first, second = (self.head(self.encoder({"image": view}).pooled) for view in views)
+        first, second = (self.head(self.encoder.pooled({"image": view})) for view in views)
         on_diagonal, off_diagonal = distance_to_identity(cross_correlation(first, second))
         loss = config.scale * (on_diagonal + config.redundancy_weight * off_diagonal)
         metrics = {

@@ -117,7 +117,7 @@ class VICReg(Objective):
                 "vicreg measures variances over the examples of a batch: training.batch_size >= 2"
             )
         views = view_pair(image, config.views_a, config.views_b, generator)
-        first, second = (self.head(self.encoder({"image": view}).pooled) for view in views)
+        first, second = (self.head(self.encoder.pooled({"image": view})) for view in views)
         invariance, variance, covariance = vicreg_terms(first, second)
         loss = (
             config.invariance_weight * invariance
