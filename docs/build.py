@@ -159,7 +159,8 @@ def study(name: str) -> str:
             for task in tasks:
                 found = of_method.get(task, {}).get(tuning, {}).get(arm)
                 mean, half = interval(found) if found else (0.0, 0.0)
-                shown.append(f"{mean:.3f} ± {half:.3f}" if found else "")
+                margin = "" if half is None else f" ± {half:.3f}"
+                shown.append(f"{mean:.3f}{margin}" if found else "")
             lines.append(f"| {label} | {' | '.join(shown)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + f"\n\n{source(result)}\n"

@@ -120,8 +120,9 @@ def check_fields(config: RunConfig, wanted: Sequence[str], given: Sequence[str])
 def say_start(config: RunConfig, objective: Objective, prepared: Any) -> None:
     """One line for people: what is trained, and on how much."""
     number = sum(p.numel() for p in objective.parameters())
+    size = f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number:,}"
     console.say(
-        f"{config.method_name}, {config.model_name} of {number / 1e6:.1f}M parameters, "
+        f"{config.method_name}, {config.model_name} of {size} parameters, "
         f"{len(prepared.train):,} rows; {prepared.facts.get('duplicates', 0):,} duplicates found"
     )
 

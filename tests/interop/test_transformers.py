@@ -450,6 +450,7 @@ LAYER = "bert.encoder.layer.1.output.dense.bias"
     [
         (lambda f: damaged(f, lambda t: t.pop(LAYER)), CheckpointError, LAYER),
         (lambda f: damaged(f, lambda t: t.update(more=torch.zeros(2))), CheckpointError, "more"),
+        (lambda f: damaged(f, lambda t: t[LAYER].fill_(torch.nan)), CheckpointError, "not finite"),
         (
             lambda f: damaged(f, lambda t: t.update({LAYER: torch.zeros(7)})),
             CheckpointError,

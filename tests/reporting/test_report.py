@@ -305,7 +305,7 @@ def test_several_runs_are_laid_over_each_other(tmp_path):
     [("baseline", "The classical baseline wins"), ("scratch", "Training from scratch wins")],
 )
 def test_a_loss_of_pretraining_is_said_as_plainly(tmp_path, arm, start):
-    arms = ARMS | {arm: {"50": [0.90, 0.91, 0.92]}}
+    arms = ARMS | {arm: {"50": [0.91, 0.90, 0.92]}}
     found = verdict(read_compare(write_compare(tmp_path, arms)), 50)
     assert found.headline.startswith(f"{start} with 50 labelled sentences: 0.91, against 0.72 pre")
     assert (found.winner, found.clear) == (arm, True)
@@ -318,6 +318,10 @@ def test_a_lead_inside_the_noise_is_not_a_win(tmp_path):
     assert "within the noise" in found.conclusion
     one_seed = {"pretrained": {"50": [0.8]}, "scratch": {"50": [0.6]}}
     found = verdict(read_compare(write_compare(tmp_path, one_seed)), 50)
+    assert "too few seeds" in found.conclusion
+    alike = {"pretrained": {"50": [0.8, 0.7]}, "scratch": {"50": [0.6, 0.5]}}
+    found = verdict(read_compare(write_compare(tmp_path, alike)), 50)
+    assert not found.clear
     assert "too few seeds" in found.conclusion
 
 

@@ -249,7 +249,7 @@ def begin(corpus, masked_run, tmp_path):
 
 def test_pet_makes_a_classifier(begin, corpus, selfsup, tmp_path):
     begin = [corpus.labelled if str(one).endswith("few.csv") else one for one in begin]
-    steps = ["training.steps=40", "training.lr=5e-3", "cloze_training.steps=100"]
+    steps = ["training.steps=40", "training.lr=5e-3", "cloze_training.steps=200"]
     steps += ["cloze_training.lr=5e-3", "pet.seeds=[1]", "pet.generations=2", "pet.growth=1.5"]
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(corpus.text.read_text().splitlines(True)[:120]))

@@ -6,7 +6,7 @@ Nothing heavy is imported before one of them runs.
 import argparse
 from typing import Any
 
-from selfsup.commands.options import say_next, verb
+from selfsup.commands.options import say_next, say_next_of_task, verb
 
 
 def add(parsers: Any) -> None:
@@ -42,10 +42,14 @@ def add(parsers: Any) -> None:
 def import_(options: argparse.Namespace) -> None:
     """Makes a run of a checkpoint or an adapter; prints the run folder."""
     from selfsup import api
+    from selfsup.config import read_toml
 
     run = api.import_(options.source, options.out, options.base)
     print(run)
-    say_next(run)
+    if "task" in read_toml(run / "run.toml"):
+        say_next_of_task(run)
+    else:
+        say_next(run)
 
 
 def export(options: argparse.Namespace) -> None:

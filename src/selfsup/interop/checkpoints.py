@@ -77,7 +77,8 @@ def read_folder(path: Path) -> Checkpoint:
 
     Raises:
         ConfigError: a file is missing, of another family, or a pickle.
-        CheckpointError: the weights are damaged, or some that must repeat others do not.
+        CheckpointError: the weights are damaged or not finite, or some that must repeat others do
+            not.
     """
     where = path / "config.json"
     try:
@@ -91,6 +92,9 @@ def read_folder(path: Path) -> Checkpoint:
     family = family_of(values, str(where))
     tensors, file = _read_tensors(path)
     tensors = _named(family, tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds numbers that are not finite")
     tied = _drop_repeated(family, tensors, str(file))
     return Checkpoint(family, values, tensors, str(file), tied)
 

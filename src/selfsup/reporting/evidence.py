@@ -61,14 +61,18 @@ def t95(df: int) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95% t-interval; None for the width where there is one value.
+    """Mean and half-width of its 95% t-interval.
 
-    >>> interval([1.0])
-    (1.0, None)
+    None for the width where there is one value, or two or three equal ones: as scores come in steps
+    of one test example, these are no sign that there is no noise.
+
+    >>> interval([1.0]), interval([0.5, 0.5])
+    ((1.0, None), (0.5, None))
     """
-    if len(values) < 2:
-        return fmean(values), None
-    return fmean(values), t95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    mean = fmean(values)
+    if len(values) < 2 or (len(values) < 4 and max(values) - min(values) < 1e-9):
+        return mean, None
+    return mean, t95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def difference(one: Sequence[float], two: Sequence[float]) -> tuple[float, float | None]:
