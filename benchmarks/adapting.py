@@ -74,17 +74,19 @@ def text_lengths(count: int) -> list[int]:
     return [2 + lengths[i % len(lengths)] for i in range(count)]
 
 
-def finetune(dim: int, layers: int, batch: int, steps: int) -> Pair:
+def finetune(dim: int, layers: int, batch: int, steps: int, precision: str = "auto") -> Pair:
     """Samples/s of fine-tuning, both sides with dropout, clipping and a falling rate."""
-    dtype = pick_dtype("auto", torch.device("cpu"))
+    dtype = pick_dtype(precision, torch.device("cpu"))
     lengths = text_lengths(batch * steps)
     amount = batch * steps
-    ours, peer = own_finetuning(dim, layers, lengths), peer_finetuning(dim, layers, lengths)
+    ours, peer = (side(dim, layers, lengths, dtype) for side in (own_finetuning, peer_finetuning))
     rates = best_rates(lambda: ours(batch, steps), lambda: peer(batch, steps), amount)
     return *rates, unit("samples", dtype)
 
 
-def own_finetuning(dim: int, layers: int, lengths: list[int]) -> Callable[[int, int], float]:
+def own_finetuning(
+    dim: int, layers: int, lengths: list[int], dtype: torch.dtype
+) -> Callable[[int, int], float]:
     """A turn of ours: its seconds."""
     spec = Vocabulary(size=VOCABULARY, pad=PAD, unk=1, cls=2, sep=3, mask=4)
     model = Config(
@@ -104,7 +106,10 @@ def own_finetuning(dim: int, layers: int, lengths: list[int]) -> Callable[[int, 
     data = Rows(lengths)
 
     def turn(batch: int, steps: int) -> float:
-        training = TrainingConfig(steps=steps, batch_size=batch, lr=5e-5, evaluations=0)
+        precision = str(dtype).removeprefix("torch.")
+        training = TrainingConfig(
+            steps=steps, batch_size=batch, lr=5e-5, evaluations=0, precision=precision
+        )
         started = time.perf_counter()
         with console.quiet():
             train(task, data, None, training, None, "benchmark")
@@ -114,7 +119,9 @@ def own_finetuning(dim: int, layers: int, lengths: list[int]) -> Callable[[int, 
     return turn
 
 
-def peer_finetuning(dim: int, layers: int, lengths: list[int]) -> Callable[[int, int], float]:
+def peer_finetuning(
+    dim: int, layers: int, lengths: list[int], dtype: torch.dtype
+) -> Callable[[int, int], float]:
     """A turn of the Trainer: its seconds."""
     try:
         import accelerate  # noqa: F401
@@ -158,7 +165,7 @@ def peer_finetuning(dim: int, layers: int, lengths: list[int]) -> Callable[[int,
                 disable_tqdm=True,
                 remove_unused_columns=False,
                 use_cpu=True,
-                bf16=pick_dtype("auto", torch.device("cpu")) == torch.bfloat16,
+                bf16=dtype == torch.bfloat16,
             )
             trainer = Trainer(model, arguments, collate, examples)
             started = time.perf_counter()
@@ -231,5 +238,6 @@ def checkpoint(folder: Path, dim: int, layers: int, texts: list[str]) -> Path:
 
 BENCHMARKS: dict[str, Callable[[], Pair]] = {
     "finetune_4x256": partial(finetune, 256, 4, 32, 40),
+    "finetune_4x256_bf16": partial(finetune, 256, 4, 32, 10, "bfloat16"),
     "embed_6x384": partial(embed, 384, 6, 1024),
 }

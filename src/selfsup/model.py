@@ -16,6 +16,7 @@ from selfsup.models.encoder import Encoder, masked_mean
 from selfsup.models.encoder_decoder import EncoderDecoder
 from selfsup.objective import FillsBlanks, Generates, Objective, Scores, Task
 from selfsup.randomness import torch_generator
+from selfsup.side_by_side import side_by_side
 from selfsup.training.device import autocast, pick_device, pick_dtype, to_device
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class Model:
         ):
             raise ConfigError(f"layer must be from 0 to {self.encoder.num_layers}, got {layer}")
         out = np.empty((len(items), self.encoder.dim), dtype=np.float32)
-        for numbers, batch in self._batches(items, batch_size):
+
+        def read(given: tuple[list[int], Batch]) -> None:
+            numbers, batch = given
             with self._inference():
                 if layer is None:
                     pooled = self.encoder.pooled(batch)
@@ -93,6 +96,9 @@ class Model:
                     features = self.encoder(batch)
                     pooled = masked_mean(features.hidden[layer], features.mask)
             out[numbers] = pooled.float().cpu().numpy()
+
+        number = -(-len(items) // max(1, batch_size))
+        side_by_side(read, self._batches(items, batch_size), number, self.device)
         return out
 
     def fill(self, text: str, top: int = 5) -> list[list[tuple[str, float]]]:

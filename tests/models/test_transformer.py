@@ -471,6 +471,9 @@ mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
 padded = dict(tokens=tokens, mask=mask)
 for batch in (dict(tokens=tokens), padded, dict(padded, documents=tokens // 9)):
     torch.testing.assert_close(compiled(batch).last, encoder(batch).last)
+slots = torch.tensor([[4, 1], [0, 2]])
+some = compiled(padded, slots=slots).last
+torch.testing.assert_close(some, encoder(padded, slots=slots).last)
 """
 
 
