@@ -55,14 +55,17 @@ BLOCK = re.compile(
 PAGES = (
     *("README.md", "README.zh.md", "docs/results.md"),
     *("docs/benchmarks.md", "docs/language.md", "docs/tuning.md"),
-    *("docs/search.md", "docs/reliability.md", "docs/optimizers.md"),
+    *("docs/search.md", "docs/reliability.md", "docs/optimizers.md", "docs/suites.md"),
 )
 
 
 def table(name: str) -> str:
     """The Markdown table of one result, with the command and the machine that made it."""
     result = read(name)
-    rows = comparison(result) if "label_counts" in result else numbers(result["scores"])
+    if "label_counts" in result:
+        rows = comparison(result)
+    else:
+        rows = suite(result) if "suite" in result else numbers(result["scores"])
     return f"{rows}\n\n{source(result)}\n"
 
 
@@ -225,6 +228,21 @@ def with_interval(scores: list[float]) -> str:
     """A mean, and the half of its 95% interval where there are several seeds."""
     mean, half = interval(scores)
     return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+def suite(result: dict) -> str:
+    """The tasks of a suite, of which the missing ones are named."""
+    lines = ["| task | | most frequent class |", "|---|---|---|"]
+    for task in result["scores"].values():
+        metrics = ", ".join(
+            f"{name.replace('_', ' ')} {with_interval(scores)}"
+            for name, scores in task["metrics"].items()
+        )
+        majority = "" if task["majority"] is None else f"{task['majority']:.3f}"
+        lines.append(f"| {task['title']} | {metrics} | {majority} |")
+    score, missing = result["overall"]["score"], ", ".join(result["missing"])
+    lines.append(f"| {result['overall']['name']} | {with_interval(score)} | |")
+    return "\n".join(lines) + (f"\n\nMissing: {missing}." if missing else "")
 
 
 def numbers(scores: dict) -> str:
