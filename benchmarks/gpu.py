@@ -5,8 +5,8 @@
 
 Ours is measured as it is, compiled, and compiled with CUDA graphs. Each side takes one turn to warm
 up, then three by turns. FLOPs are those that a step needs, the same for all sides: 6 for each
-weight of a matrix and token (of the vocabulary's only where something is predicted), 12 * layers *
-dim * time for attention (half of it under a causal mask).
+weight of a matrix and token (of the vocabulary's and most of the last layer's only where something
+is predicted), 12 * layers * dim * time for attention (half of it under a causal mask).
 The utilisation is their share of what a large bfloat16 matrix product reaches in the same call.
 Memory is the most that the allocator held in two steps, weights and moments of that side included.
 """
@@ -127,8 +127,9 @@ def needed_flops(
         predicted: share of the tokens whose logits are needed.
         seen: share of a row that a token sees on average.
     """
-    blocks = 12 * layers * dim**2
-    attention = 12 * layers * dim * time_ * seen
+    whole = layers - 1  # of the last one most is needed only where something is predicted
+    blocks = dim**2 * (12 * whole + 2 + 10 * predicted)
+    attention = 12 * dim * time_ * seen * (whole + predicted)
     return tokens * (6 * blocks + attention + 6 * predicted * dim * vocabulary)
 
 
