@@ -363,6 +363,15 @@ def test_files_of_another_form_are_refused(tmp_path, content, message):
         read(written(tmp_path / "train.json", content))
 
 
+def test_an_empty_question_is_counted_and_left_out(tmp_path, capsys):
+    document = squad()
+    asked = document["data"][0]["paragraphs"][0]["qas"]
+    asked.append({**asked[0], "id": "none", "question": ""})
+    path = written(tmp_path / "train.json", document)
+    assert len(read(path).items) == len(read(written(tmp_path / "other.json", squad())).items)
+    assert "1 answers belong to an empty question, and are left out" in capsys.readouterr().err
+
+
 def test_other_errors_of_files(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read(tmp_path / "none.json")

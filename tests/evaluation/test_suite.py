@@ -329,6 +329,18 @@ scores.films = [70, 60]
 """
 
 
+def test_what_is_trained_on_is_not_scored_where_a_file_has_several_names(tmp_path):
+    for name in ("dev.csv", "trial.csv"):
+        (tmp_path / name).touch()
+    train = find(tmp_path, ("train.csv", "dev.csv"))
+    assert train == tmp_path / "dev.csv"
+    names = ("dev.csv", "trial.csv")
+    assert find(tmp_path, names, but=train) == tmp_path / "trial.csv"
+    (tmp_path / "trial.csv").unlink()
+    assert find(tmp_path, names, but=train) is None
+    assert find(tmp_path, ("dev.csv",), but=train) == train  # as the user says
+
+
 def test_a_suite_of_ones_own(selfsup, masked_run, corpus, tmp_path) -> None:
     (tmp_path / "mine.toml").write_text(MINE)
     shutil.copy(corpus.labelled, tmp_path / "films.csv")

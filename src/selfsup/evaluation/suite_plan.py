@@ -256,14 +256,20 @@ def line_score(values: Any) -> float:
     return fmean(values if isinstance(values, list) else [values]) / 100
 
 
-def find(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of the files that is there, in any case of letters, perhaps packed."""
+def find(folder: Path, names: tuple[str, ...], but: Path | None = None) -> Path | None:
+    """The first of the files that is there, in any case of letters, perhaps packed.
+
+    Args:
+        folder: where they are looked for.
+        names: one file's names in several layouts, the best first.
+        but: a file that is taken already, and not taken again where there are several names.
+    """
     for name in names:
         for suffix in ("", *COMPRESSED):
             place: Path | None = folder
             for step in Path(f"{name}{suffix}").parts:
                 place = _step(place, step) if place else None
-            if place and place.is_file():
+            if place and place.is_file() and (place != but or len(names) == 1):
                 return place
     return None
 

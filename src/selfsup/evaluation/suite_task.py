@@ -111,8 +111,11 @@ class TaskRun:
         self.preprocessor = model.preprocessor.limited(
             settings.max_length or task.max_length or None
         )
-        parts = {"train": task.train, **task.scored}
-        self.files = {key: suite_plan.find(data, part.file) for key, part in parts.items()}
+        train = suite_plan.find(data, task.train.file)
+        scored = {
+            key: suite_plan.find(data, part.file, but=train) for key, part in task.scored.items()
+        }
+        self.files = {"train": train, **scored}
         hidden = {key: suite_plan.find(data, part.file) for key, part in task.hidden.items()}
         self.hidden = {key: path for key, path in hidden.items() if path}
 
