@@ -170,7 +170,7 @@ def recipe(corpus, masked_run, tmp_path_factory):
     text = text.replace('name = "masked_language"', method)
     text = text.replace("vocab_size = 150", f'file = "{masked_run}/model"')
     path = tmp_path_factory.mktemp("recipe") / "distilled.toml"
-    path.write_text(text.replace("steps = 160", "steps = 20"))
+    path.write_text(text.replace("steps = 240", "steps = 20"))
     return path
 
 
